@@ -1,0 +1,124 @@
+"""What holds a model and generates: the interface that every engine offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from evomerge.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is sampled. `temperature` 0 is greedy; `stop` strings end an answer, not in it."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one prompt.
+
+    `finish_reason` is "stop" or "length" (cut at max_tokens); `version` names the candidate whose
+    weights wrote it (`Loaded.version`).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A candidate that the engine now is: its version, how it came in, seconds until ready."""
+
+    version: str
+    how: Literal["live", "disk"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is started with.
+
+    `model` is the local directory whose configuration and tokenizer the engine takes (the base);
+    `sources` are the local directories that recipes may name. `options` go to the engine's own
+    constructor as they are (for vLLM: its engine arguments).
+    """
+
+    model: str
+    sources: tuple[str, ...]
+    dtype: str = "bfloat16"
+    repeatable: bool = True
+    trust_remote_code: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """A live model that can become any merge of its sources.
+
+    `generate` and `log_probabilities` submit all their prompts in one call to a drained engine, so
+    that the same prompts in the same order batch alike. A prompt is text as rendered: the engine
+    adds no special tokens of its own to a text that comes out of a chat template (`render`), and
+    the tokenizer's usual ones to any other (`add_special_tokens`).
+    """
+
+    name: str
+
+    @abstractmethod
+    def supports(self, recipe: Recipe) -> str | None:
+        """Why `recipe` cannot be loaded live (layer count, vocabulary, dtype …); None if it can."""
+
+    @abstractmethod
+    def load(self, recipe: Recipe) -> Loaded:
+        """Makes the engine the model of `recipe`; every cache of the previous one is dropped.
+
+        Raises CandidateError where this recipe has no model (NaN weights, weights that sum to 0).
+        """
+
+    @abstractmethod
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text of a chat (roles system, user, assistant) up to the response cue."""
+
+    @abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether `render` has a template to use."""
+
+    @abstractmethod
+    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        """The number of tokens that `prompt` becomes."""
+
+    @property
+    @abstractmethod
+    def max_model_len(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+    ) -> list[Completion]:
+        """One completion per prompt, in the order of `prompts`."""
+
+    @abstractmethod
+    def log_probabilities(
+        self, prompts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[float]]:
+        """Per prompt the log-probability (nats) of each of its tokens but the first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the engine's memory back; it cannot be used after."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
