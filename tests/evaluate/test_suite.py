@@ -1,0 +1,261 @@
+"""Suites: reading tasks, splitting them, and asking an engine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from evomerge.recipe import Recipe
+from pydantic import ValidationError
+
+from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
+from evomerge.errors import ConfigError
+from evomerge.evaluate.suite import (
+    Suite,
+    SuiteConfig,
+    Task,
+    check_prompt_lengths,
+    evaluate_tasks,
+    load_suite,
+    split_holdout,
+)
+
+
+class EchoEngine(Engine):
+    """Answers with the prompt's last word; counts words as tokens."""
+
+    name = "echo"
+    max_model_len = 8
+
+    def __init__(self, chat_template: bool = False) -> None:
+        self.chat_template = chat_template
+        self.calls: list[tuple[list[str], GenerationSettings, bool]] = []
+
+    def supports(self, recipe: Recipe) -> str | None:
+        return None
+
+    def load(self, recipe: Recipe) -> Loaded:
+        return Loaded("v0", "live", 0.0)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}> {message['content']} " for message in messages)
+
+    def has_chat_template(self) -> bool:
+        return self.chat_template
+
+    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        return len(prompt.split()) + add_special_tokens
+
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+    ) -> list[Completion]:
+        self.calls.append((list(prompts), settings, add_special_tokens))
+        return [Completion(prompt.split()[-1], (1,), "stop", 3, "v0") for prompt in prompts]
+
+    def log_probabilities(
+        self, prompts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[float]]:
+        return [[0.0] for _ in prompts]
+
+    def close(self) -> None: ...
+
+
+def write_rows(folder: Path, rows: Sequence[object]) -> Path:
+    path = folder / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def suite_of(folder: Path, rows: Sequence[object], **settings: object) -> Suite:
+    write_rows(folder, rows)
+    return load_suite(SuiteConfig.model_validate({"data": "tasks.jsonl", **settings}), folder)
+
+
+def make_tasks(sizes: Mapping[str, int]) -> list[Task]:
+    return [
+        Task(f"{name}-{number}", "in", "out", name, "in")
+        for name, size in sizes.items()
+        for number in range(size)
+    ]
+
+
+def test_tasks_are_read_with_their_columns(tmp_path: Path) -> None:
+    rows = [{"n": 7, "q": "1+1", "a": 2, "kind": "sum", "more": []}]
+    suite = suite_of(
+        tmp_path, rows, id="n", input="q", reference="a", category="kind", prompt="{{ input }} ="
+    )
+    assert suite.tasks == (Task("7", "1+1", "2", "sum", "1+1 ="),)
+
+
+def test_without_an_id_column_the_line_is_the_id(tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text(
+        '{"input": "a", "output": "b"}\n\n{"input": "c", "output": "d\\u2028e"}\n', encoding="utf-8"
+    )
+    suite = load_suite(SuiteConfig(data="tasks.jsonl"), tmp_path)
+    assert [(task.id, task.category) for task in suite.tasks] == [("1", "all"), ("3", "all")]
+
+
+def test_a_line_separator_inside_a_text_does_not_break_the_line(tmp_path: Path) -> None:
+    line = json.dumps({"input": "a\u2028b", "output": "c"}, ensure_ascii=False)
+    (tmp_path / "tasks.jsonl").write_text(line, encoding="utf-8")
+    assert load_suite(SuiteConfig(data="tasks.jsonl"), tmp_path).tasks[0].input == "a\u2028b"
+
+
+def test_a_suite_file_finds_its_data_beside_it(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"input": "a", "output": "b"}])
+    path = tmp_path / "suite.yaml"
+    path.write_text("{scorer: exact, data: tasks.jsonl}")
+    assert load_suite("suite.yaml", tmp_path).tasks[0].reference == "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no task"),
+        ('{"input": "a", "output": "b"}\n{"input"', "tasks.jsonl:2: not a JSON object"),
+        ('"text"', "tasks.jsonl:1: '\"text\"' is not a JSON object"),
+        ('{"inptu": "a", "output": "b"}', r"tasks.jsonl:1: no column 'input'.*did you mean inptu"),
+        ('{"input": "a", "output": null}', "tasks.jsonl:1: 'output' is null"),
+        ('{"input": "a", "output": true}', "tasks.jsonl:1: 'output' is true"),
+        ('{"input": "a", "output": ""}', "tasks.jsonl:1: output: scorer exact: .*empty"),
+        (
+            '{"id": 1, "input": "a", "output": "b"}\n{"id": 1, "input": "c", "output": "d"}',
+            "tasks.jsonl:2: id '1' stands in line 1",
+        ),
+        (
+            '{"id": 1, "input": "a", "output": "b"}\n{"input": "c", "output": "d"}',
+            "tasks.jsonl:2: no column 'id'",
+        ),
+    ],
+)
+def test_a_bad_task_file_is_refused_with_its_line(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_suite(SuiteConfig(data="tasks.jsonl"), tmp_path)
+
+
+def test_an_absent_task_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl"):
+        load_suite(SuiteConfig(data="nowhere.jsonl"), tmp_path)
+
+
+def test_a_suite_file_names_all_wrong_keys_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text("{scorer: exakt, data: t.jsonl, max_token: 3}")
+    with pytest.raises(ConfigError) as raised:
+        load_suite(str(path), tmp_path)
+    assert "did you mean exact?" in str(raised.value)
+    assert "max_token: " in str(raised.value)
+    assert "did you mean max_tokens?" in str(raised.value)
+
+
+def test_max_tokens_must_be_positive() -> None:
+    with pytest.raises(ValidationError):
+        SuiteConfig(data="t.jsonl", max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{{ output }}", "{{ input", "{{ input + 1 }}", "{{ input.__class__.__mro__ }}"]
+)
+def test_a_prompt_template_that_fails_or_leaves_the_sandbox_is_refused(
+    tmp_path: Path, prompt: str
+) -> None:
+    with pytest.raises(ConfigError, match="prompt: "):
+        suite_of(tmp_path, [{"input": "a", "output": "b"}], prompt=prompt)
+
+
+def test_the_digest_changes_with_what_decides_grades_and_not_with_the_place(tmp_path: Path) -> None:
+    rows = [{"input": "a", "output": "b"}]
+    digest = suite_of(tmp_path, rows).digest
+    (tmp_path / "other").mkdir()
+    assert suite_of(tmp_path / "other", rows).digest == digest
+    assert suite_of(tmp_path, rows, max_tokens=3).digest != digest
+    assert suite_of(tmp_path, rows, prompt="Q: {{ input }}").digest != digest
+    assert suite_of(tmp_path, [{"input": "a", "output": "c"}]).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "held_out"),
+    [
+        ({"a": 10, "b": 20}, 0.3, {"a": 3, "b": 6}),
+        ({"a": 5, "b": 5}, 0.3, {"a": 2, "b": 1}),
+        ({"a": 2}, 0.01, {"a": 1}),
+        ({"a": 2}, 0.99, {"a": 1}),
+        ({"a": 1, "b": 1, "c": 1}, 0.99, {"a": 1, "b": 1}),
+    ],
+)
+def test_the_holdout_takes_its_share_of_each_category(
+    sizes: dict[str, int], share: float, held_out: dict[str, int]
+) -> None:
+    tasks = make_tasks(sizes)
+    search, rest = split_holdout(tasks, share)
+    assert Counter(task.category for task in rest) == held_out
+    assert sorted(search + rest, key=tasks.index) == tasks
+
+
+def test_the_holdout_does_not_depend_on_the_order_of_the_file() -> None:
+    tasks = make_tasks({"a": 9, "b": 7})
+    assert set(split_holdout(tasks, 0.4)[1]) == set(split_holdout(tasks[::-1], 0.4)[1])
+
+
+def test_the_holdout_is_a_shuffle_and_not_the_first_tasks() -> None:
+    tasks = make_tasks({"a": 100})
+    positions = [tasks.index(task) for task in split_holdout(tasks, 0.5)[1]]
+    assert 15 <= sum(position < 50 for position in positions) <= 35
+
+
+@pytest.mark.parametrize(("sizes", "share"), [({"a": 1}, 0.5), ({"a": 9}, 0.0), ({"a": 9}, 1.0)])
+def test_a_holdout_that_cannot_be_made_is_refused(sizes: dict[str, int], share: float) -> None:
+    with pytest.raises(ConfigError, match="holdout: "):
+        split_holdout(make_tasks(sizes), share)
+
+
+def test_all_tasks_are_asked_in_one_call_and_graded_in_order(tmp_path: Path) -> None:
+    rows = [{"input": "say x", "output": "x"}, {"input": "say y", "output": "z"}]
+    suite = suite_of(tmp_path, rows, max_tokens=4, stop=["\n"])
+    engine = EchoEngine()
+    results = evaluate_tasks(engine, suite, suite.tasks)
+    assert [(r.task_id, r.answer, r.grade, r.version) for r in results] == [
+        ("1", "x", 1.0, "v0"),
+        ("2", "y", 0.0, "v0"),
+    ]
+    settings = GenerationSettings(max_tokens=4, stop=("\n",))
+    assert engine.calls == [(["say x", "say y"], settings, True)]
+
+
+def test_a_chat_template_is_used_where_there_is_one_and_adds_the_special_tokens(
+    tmp_path: Path,
+) -> None:
+    suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], system="Be brief.")
+    engine = EchoEngine(chat_template=True)
+    evaluate_tasks(engine, suite, suite.tasks)
+    prompts, _, add_special_tokens = engine.calls[0]
+    assert prompts == ["<system> Be brief. <user> hi "]
+    assert not add_special_tokens
+
+
+def test_chat_false_leaves_the_template_alone(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], chat=False, system="Be brief.")
+    engine = EchoEngine(chat_template=True)
+    evaluate_tasks(engine, suite, suite.tasks)
+    assert engine.calls[0][0] == ["Be brief.\nhi"]
+    assert engine.calls[0][2]
+
+
+def test_chat_true_without_a_template_is_refused(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], chat=True)
+    with pytest.raises(ConfigError, match="no chat template"):
+        evaluate_tasks(EchoEngine(), suite, suite.tasks)
+
+
+def test_prompts_that_do_not_fit_with_their_answers_are_named(tmp_path: Path) -> None:
+    rows = [{"input": "a b c", "output": "x"}, {"input": "a b c d e", "output": "x"}]
+    suite = suite_of(tmp_path, rows, max_tokens=4)
+    with pytest.raises(ConfigError, match=r"1 of 2 prompts .* 4 tokens .*tasks 2 \(6\)"):
+        check_prompt_lengths(EchoEngine(), suite, suite.tasks)
+    check_prompt_lengths(EchoEngine(), suite, suite.tasks[:1])
