@@ -1,0 +1,235 @@
+"""The database of a storage directory: one schema for every study's events, answers and grades.
+
+SQLite in WAL mode inside the directory, or PostgreSQL by URL. Opening creates what is missing and
+refuses what a newer evomerge wrote.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sql
+from sqlalchemy.exc import DatabaseError, DBAPIError, NoSuchModuleError
+
+from evomerge.errors import ConfigError, RunError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "evomerge.db"
+
+# What a run writes before anything is worth keeping: SQLite's own files and a generation's answers.
+_NEEDED_BYTES = 4_000_000
+_BUSY_SECONDS = 60
+# Where WAL's shared memory is not shared between machines (sqlite.org/wal.html, "Disadvantages").
+_NETWORK_FILE_SYSTEMS: tuple[str, ...] = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb",
+    "smb2",
+    "smb3",
+    "9p",
+    "afs",
+    "ceph",
+)
+_NETWORK_FILE_SYSTEMS += ("lustre", "gpfs", "beegfs", "glusterfs", "fuse.sshfs", "fuse.s3fs")
+_NETWORK_FILE_SYSTEMS += ("fuse.glusterfs", "fuse.gcsfuse", "fuse.juicefs")
+
+metadata = sql.MetaData()
+
+# A big integer that SQLite, too, counts up by itself (it does so for INTEGER alone).
+_Key = sql.BigInteger().with_variant(sql.Integer(), "sqlite")
+
+schema_table = sql.Table("evomerge_schema", metadata, sql.Column("version", sql.Integer))
+
+studies = sql.Table(
+    "studies",
+    metadata,
+    sql.Column("id", _Key, primary_key=True),
+    sql.Column("name", sql.Text, nullable=False, unique=True),
+)
+
+# Append only. `payload` is JSON, kept as text: every float comes back with the bits it had.
+# `once` names what may happen only once in a study ("scored trial 17"); null where it may again.
+events = sql.Table(
+    "events",
+    metadata,
+    sql.Column("id", _Key, primary_key=True),
+    sql.Column("study_id", _Key, sql.ForeignKey("studies.id"), nullable=False, index=True),
+    sql.Column("kind", sql.Text, nullable=False),
+    sql.Column("at", sql.Float(53), nullable=False),  # seconds since 1970
+    sql.Column("once", sql.Text),
+    sql.Column("payload", sql.Text, nullable=False),
+    sql.UniqueConstraint("study_id", "once"),
+)
+
+# What models wrote. `event_id` is the event that made the answer's unit count; both it and
+# `study_id` are null for an evaluation outside of any study.
+answers = sql.Table(
+    "answers",
+    metadata,
+    sql.Column("id", _Key, primary_key=True),
+    sql.Column("study_id", _Key, sql.ForeignKey("studies.id")),
+    sql.Column("event_id", _Key, sql.ForeignKey("events.id"), index=True),
+    sql.Column("candidate", sql.Text, nullable=False),  # "trial 17", "base", "uniform" …
+    sql.Column("task", sql.Text, nullable=False),
+    sql.Column("attempt", sql.Integer, nullable=False),
+    sql.Column("recipe_digest", sql.Text, nullable=False),
+    sql.Column("suite_digest", sql.Text, nullable=False),
+    sql.Column("version", sql.Text, nullable=False),  # the weights that wrote it, by the engine
+    sql.Column("prompt", sql.Text, nullable=False),
+    sql.Column("answer", sql.Text, nullable=False),
+    sql.Column("finish_reason", sql.Text, nullable=False),
+    sql.Column("seconds", sql.Float(53), nullable=False),
+    sql.UniqueConstraint("study_id", "candidate", "task", "attempt"),
+)
+
+grades = sql.Table(
+    "grades",
+    metadata,
+    sql.Column("id", _Key, primary_key=True),
+    sql.Column("answer_id", _Key, sql.ForeignKey("answers.id"), nullable=False, index=True),
+    sql.Column("scorer", sql.Text, nullable=False),
+    sql.Column("grade", sql.Float(53)),  # null: unscored
+    sql.Column("reply", sql.Text),  # a judge's raw reply
+)
+
+
+def open_database(directory: Path, url: str | None = None) -> sql.Engine:
+    """The database of storage `directory`, or the one at `url`, with the tables of this version.
+
+    Raises ConfigError where it cannot be written or reached, where a newer version wrote it, or
+    where the file is no database; the message never shows a password.
+    """
+    if url is None:
+        check_writable(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+    where = str(directory / FILE_NAME) if url is None else _without_password(url)
+    try:
+        engine = _sqlite_engine(directory) if url is None else sql.create_engine(url)
+        with engine.begin() as connection:
+            _create_or_check(connection, where)
+    except (DatabaseError, NoSuchModuleError, ImportError, OSError) as error:
+        raise ConfigError(f"{where}: the database cannot be opened: {_cause(error)}") from error
+    return engine
+
+
+def has_database(directory: Path) -> bool:
+    """Whether a SQLite database lies in storage `directory`."""
+    return (directory / FILE_NAME).is_file()
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ConfigError unless a run can write in `directory`, which need not exist yet.
+
+    Leaves no trace.
+    """
+    candidates = (directory, *directory.absolute().parents)
+    existing = next(folder for folder in candidates if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"storage: {directory}: {existing} is a file; a directory is needed")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"\0" * 65_536)
+            probe.flush()
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise ConfigError(f"storage: {directory} is not writable: {error.strerror}") from error
+    if free < _NEEDED_BYTES:
+        raise ConfigError(
+            f"storage: the disk of {directory} is full: {free / 1e6:.1f} MB are free, "
+            f"{_NEEDED_BYTES / 1e6:.0f} MB at least are needed"
+        )
+
+
+@contextmanager
+def stops_the_run(where: str) -> Iterator[None]:
+    """Turns a storage that fails in the middle of a run (full, gone) into a RunError saying so."""
+    try:
+        yield
+    except (DBAPIError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # somebody stopped reading our output: no matter of the storage
+        raise RunError(
+            f"{where}: writing failed: {_cause(error)}; nothing finished before is lost: "
+            "make room or repair it, then resume the study"
+        ) from error
+
+
+def _sqlite_engine(directory: Path) -> sql.Engine:
+    path = directory / FILE_NAME
+    engine = sql.create_engine(
+        sql.URL.create("sqlite", database=str(path)), connect_args={"timeout": _BUSY_SECONDS}
+    )
+    wanted = "delete" if _on_network(directory) else "wal"
+
+    @sql.event.listens_for(engine, "connect")
+    def set_pragmas(connection: sql.engine.interfaces.DBAPIConnection, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA journal_mode={wanted}")
+        found = [str(row[0]) for row in cursor.fetchall()]
+        # A commit under NORMAL survives every kill; without WAL a power cut needs FULL.
+        cursor.execute(f"PRAGMA synchronous={'NORMAL' if wanted == 'wal' else 'FULL'}")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+        if found != [wanted]:
+            raise ConfigError(
+                f"{path}: SQLite's journal mode is {found} here, not {wanted}; put the storage on "
+                "a local disk, or use PostgreSQL (storage: {directory: DIR, database_env: NAME})"
+            )
+
+    return engine
+
+
+def _on_network(directory: Path) -> bool:
+    """Whether `directory` lies on a file system that other machines share (known on Linux only)."""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    target = os.path.realpath(directory)
+    best, kind = "", ""
+    for line in mounts:
+        point, file_system = line.split()[1:3]
+        inside = target == point or target.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, file_system
+    return kind in _NETWORK_FILE_SYSTEMS
+
+
+def _create_or_check(connection: sql.Connection, where: str) -> None:
+    # Two studies may open a fresh storage at once: the second waits here for the first.
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    elif connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7313)")
+    if not sql.inspect(connection).has_table(schema_table.name):
+        metadata.create_all(connection)
+        connection.execute(sql.insert(schema_table).values(version=SCHEMA_VERSION))
+        return
+    found = connection.execute(sql.select(schema_table.c.version)).scalar()
+    if found != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{where}: its schema has version {found}, this evomerge knows version "
+            f"{SCHEMA_VERSION}; use the evomerge that wrote it, or another storage"
+        )
+
+
+def _without_password(url: str) -> str:
+    try:
+        return sql.make_url(url).render_as_string(hide_password=True)
+    except sql.exc.ArgumentError as error:
+        raise ConfigError(
+            "the database URL cannot be read; right is postgresql+psycopg://user:password@host/name"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The driver's own words, in one line, without SQL and parameters."""
+    original = getattr(error, "orig", None) or error
+    return str(original).strip().splitlines()[0] if str(original).strip() else repr(original)

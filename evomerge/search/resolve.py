@@ -1,0 +1,199 @@
+"""A study resolved against what is there: models found, tasks read, the search space built."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from evomerge.database import check_writable
+from evomerge.errors import ConfigError
+from evomerge.evaluate.suite import Suite, Task, load_suite, split_holdout
+from evomerge.merge.architecture import layer_count
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.inputs import InputModels
+from evomerge.merge.plan import make_plan
+from evomerge.recipe import Recipe, recipe_from_mapping
+from evomerge.search.study import StudyConfig, study_directory
+from evomerge.space import SearchSpace
+
+Result = TypeVar("Result")
+
+# These cannot change an answer: where the weights come in, and how much memory may be taken.
+_HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "swap_space", "cpu_offload_gb")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A model that every search is compared with; `label` is "base", "uniform" or "model 0" …"""
+
+    label: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class ResolvedStudy:
+    """A study with its models found, its tasks read and its search space built.
+
+    `base` and `models` are absolute folders; `fingerprint` says of everything that counts what it
+    is, under names that a user knows: two studies with the same one make the same search.
+    """
+
+    config: StudyConfig
+    storage: Path
+    base: Path
+    models: tuple[Path, ...]
+    space: SearchSpace
+    suite: Suite
+    search_tasks: tuple[Task, ...]
+    holdout_tasks: tuple[Task, ...]
+    fingerprint: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.config.study
+
+    @property
+    def population(self) -> int:
+        """The candidates of a generation."""
+        return self.config.sampler.population_for(self.space.dimension)
+
+    @property
+    def directory(self) -> Path:
+        """The study's own folder in the storage."""
+        return study_directory(self.storage, self.name)
+
+    @property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The base, each model, and the uniform merge: all weights 1 / number of models."""
+        return (
+            Baseline("base", plain_recipe(self.base, self.space.dtype)),
+            *(
+                Baseline(f"model {index}", plain_recipe(model, self.space.dtype))
+                for index, model in enumerate(self.models)
+            ),
+            Baseline("uniform", self.space.decode(self.space.uniform(1 / len(self.models)))),
+        )
+
+
+def plain_recipe(model: Path, dtype: str) -> Recipe:
+    """The recipe that is `model` as it is, in `dtype`."""
+    return recipe_from_mapping(
+        {"merge_method": "passthrough", "models": [{"model": str(model)}], "dtype": dtype},
+        str(model),
+    )
+
+
+def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
+    """The study with everything it names found and checked, headers only.
+
+    Raises ConfigError for whatever can be found wrong before an engine starts. What hub names,
+    adapters and GGUF files become is kept in `storage`.
+    """
+    check_writable(storage)
+    suite = _in_file(config, lambda: load_suite(config.suite, config.folder))
+    search, holdout = _split(config, suite)
+    base, *models = _model_folders(config, storage)
+    checkpoints = {str(folder): Checkpoint.open(folder) for folder in (base, *models)}
+    space = _in_file(
+        config,
+        lambda: SearchSpace.build(
+            config.search_space,
+            base_model=str(base),
+            models=[str(model) for model in models],
+            num_layers=layer_count(checkpoints[str(base)]),
+            dtype=config.engine.dtype,
+        ),
+    )
+    # Plans the merge once: models that do not fit together are found before an engine starts.
+    make_plan(space.decode(space.uniform(1 / len(models))), checkpoints)
+    study = ResolvedStudy(
+        config=config,
+        storage=storage,
+        base=base,
+        models=tuple(models),
+        space=space,
+        suite=suite,
+        search_tasks=tuple(search),
+        holdout_tasks=tuple(holdout),
+        fingerprint=_fingerprint(
+            config, suite, {name: found.fingerprint() for name, found in checkpoints.items()}
+        ),
+    )
+    check_budget(config, study.population, config.budget.trials)
+    return study
+
+
+def check_budget(config: StudyConfig, population: int, trials: int) -> None:
+    """Raises ConfigError where `trials` do not allow one generation."""
+    if trials < population:
+        raise ConfigError(
+            f"{config.where}: budget.trials: {trials} is less than one generation of {population}; "
+            f"at least {population} are needed, or a smaller sampler.population"
+        )
+
+
+def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """One line for each part of a fingerprint that is not what it was."""
+    return [
+        f"{key}: was {before.get(key, 'absent')}, is {now.get(key, 'absent')}"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _split(config: StudyConfig, suite: Suite) -> tuple[Sequence[Task], Sequence[Task]]:
+    if not config.holdout:
+        return suite.tasks, ()
+    return _in_file(config, lambda: split_holdout(suite.tasks, config.holdout))
+
+
+def _model_folders(config: StudyConfig, storage: Path) -> list[Path]:
+    """The folders of the base and of the models; every reference that is wrong is told at once."""
+    inputs = InputModels(storage, config.folder, config.engine.dtype)
+    references = {"base_model": config.base_model}
+    references |= {f"models.{index}": model for index, model in enumerate(config.models)}
+    folders: list[Path] = []
+    mistakes: list[str] = []
+    for key, reference in references.items():
+        try:
+            folders.append(inputs.resolve(reference))
+        except ConfigError as error:
+            mistakes.append(f"{config.where}: {key}: {error}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return folders
+
+
+def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:
+    """What `make` gives; its ConfigErrors get the study's file in front."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(f"{config.where}: {error}") from error
+
+
+def _fingerprint(config: StudyConfig, suite: Suite, sources: Mapping[str, str]) -> dict[str, str]:
+    """Everything that decides a search, by the name a user knows it under."""
+    mapping = config.to_mapping()
+    for harmless in ("study", "budget", "storage", "suite"):
+        mapping.pop(harmless, None)
+    for option in _HARMLESS_OPTIONS:
+        mapping["engine"].pop(option, None)
+    parts = dict(_flattened(mapping))
+    parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]
+    names = ["base_model", *(f"models.{index}" for index in range(len(config.models)))]
+    for name, digest in zip(names, sources.values(), strict=True):
+        parts[f"{name} (its files)"] = hashlib.sha256(digest.encode()).hexdigest()[:16]
+    return parts
+
+
+def _flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

@@ -1,0 +1,266 @@
+"""The study file: what a search is asked to do, read strictly."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.suite import SuiteConfig
+from evomerge.resources import locate
+from evomerge.space import SpaceConfig
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# Settings of vLLM that a file from somebody else may carry: they load no code and open no path.
+ENGINE_OPTIONS = (
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"),
+    *("block_size", "gpu_memory_utilization", "swap_space", "cpu_offload_gb"),
+    *("enforce_eager", "enable_prefix_caching", "kv_cache_dtype", "seed"),
+)
+
+_SAMPLERS_TO_COME = ("xnes", "gp", "tpe", "random")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SamplerConfig(_Strict):
+    """The `sampler:` of a study; `sigma0` is in the weights' own units.
+
+    `population` None: twice the textbook size, 2 · (4 + ⌊3 ln d⌋) for d genes.
+    """
+
+    name: Literal["auto", "cma-es"] = "auto"
+    sigma0: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    population: Annotated[int, Field(ge=4)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_here(cls, name: object) -> object:
+        if name in _SAMPLERS_TO_COME:
+            raise ValueError(f"{name!r} is not supported yet; auto and cma-es are")
+        return name
+
+    def population_for(self, dimension: int) -> int:
+        """How many candidates a generation has in a space of `dimension` genes."""
+        return self.population or 2 * (4 + math.floor(3 * math.log(dimension)))
+
+
+class BudgetConfig(_Strict):
+    """The `budget:` of a study: a total, of the sampler's candidates."""
+
+    trials: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_counted_in_trials(cls, budget: object) -> object:
+        if isinstance(budget, Mapping) and "task_evaluations" in budget:
+            raise ValueError("task_evaluations is not supported yet; write {trials: N}")
+        return budget
+
+
+class EngineSettings(BaseModel):
+    """The `engine:` of a study; `options` go to the engine as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: Literal["vllm", "transformers"] = "vllm"
+    repeatable: bool = True
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    load: Literal["live", "disk"] = "live"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_keys(cls, settings: object, info: ValidationInfo) -> object:
+        if isinstance(settings, Mapping):
+            trusted = bool((info.context or {}).get("trust_code"))
+            _check_engine_keys([str(key) for key in settings], trusted)
+        return settings
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The settings beyond those of evomerge itself."""
+        return dict(self.model_extra or {})
+
+
+class StorageConfig(_Strict):
+    """The `storage:` of a study; `database_env` names the variable with a database's URL."""
+
+    directory: str | None = None
+    database_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+
+
+def _suite_form(suite: object) -> str:
+    return "inline" if isinstance(suite, Mapping | SuiteConfig) else "reference"
+
+
+class StudyConfig(_Strict):
+    """A study file, or what was asked when a study began."""
+
+    study: str
+    base_model: Annotated[str, Field(min_length=1)]
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    search_space: SpaceConfig = SpaceConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    budget: BudgetConfig
+    suite: Annotated[
+        Annotated[str, Field(min_length=1), Tag("reference")]
+        | Annotated[SuiteConfig, Tag("inline")],
+        Discriminator(_suite_form),
+    ]
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    storage: StorageConfig = StorageConfig()
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+    _where: str = PrivateAttr(default="study")
+
+    @field_validator("study")
+    @classmethod
+    def _is_a_study_name(cls, name: str) -> str:
+        check_study_name(name, error=ValueError)
+        return name
+
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _may_be_a_directory_alone(cls, storage: object) -> object:
+        if storage is None:
+            return StorageConfig()
+        return StorageConfig(directory=storage) if isinstance(storage, str) else storage
+
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _may_be_absent(cls, holdout: object) -> object:
+        return 0.0 if holdout is None else holdout
+
+    @field_validator("models")
+    @classmethod
+    def _are_different(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = [name for name in models if models.count(name) > 1]
+        if repeated:
+            raise ValueError(f"{repeated[0]} is listed twice")
+        return models
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in the study start from: that of its file."""
+        return self._folder
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return self._where
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, from which `study_from_mapping` makes the same study."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def read_study(reference: str, *, trust_code: bool = False) -> StudyConfig:
+    """The study that a preset's bare name or a file's path means.
+
+    Raises ConfigError with every mistake of the file at once. `trust_code` lets `engine:` have
+    keys that are not known to be harmless.
+    """
+    path = locate(reference, "search_spaces")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return study_from_mapping(
+        content, where=str(path), folder=path.resolve().parent, trust_code=trust_code
+    )
+
+
+def study_from_mapping(
+    content: object, *, where: str, folder: Path, trust_code: bool = False
+) -> StudyConfig:
+    """The study in plain values; `where` names them in messages. Raises ConfigError."""
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where}: a study is a mapping with study, base_model, models …")
+    try:
+        config = StudyConfig.model_validate(content, context={"trust_code": trust_code})
+    except ValidationError as error:
+        lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
+    config._folder, config._where = folder, where
+    return config
+
+
+def check_study_name(name: str, error: type[Exception] = ConfigError) -> None:
+    """Raises `error` unless `name` can name a study (and so a folder)."""
+    if not STUDY_NAME.fullmatch(name):
+        raise error(
+            f"study: {name!r} is no name for a study; right are 1 to 100 of A–Z a–z 0–9 . _ - "
+            "that start with a letter or digit"
+        )
+
+
+def study_directory(storage: Path, name: str) -> Path:
+    """Where study `name` keeps what can be rebuilt from the database. ConfigError on a bad name."""
+    check_study_name(name)
+    return storage / "studies" / name
+
+
+def _check_engine_keys(keys: Sequence[str], trusted: bool) -> None:
+    """Raises ValueError that says of each key what is wrong with it."""
+    known = (*EngineSettings.model_fields, *ENGINE_OPTIONS)
+    mistakes = [
+        f"unknown key {key!r}{_nearest(key, known)}; other settings of vLLM need --trust-code "
+        "on the command line"
+        for key in keys
+        if key not in known and key != "quantization" and not trusted
+    ]
+    if "quantization" in keys:
+        mistakes.append("quantization: merged weights cannot be put into a quantised model")
+    if mistakes:
+        raise ValueError("\n  ".join(mistakes))
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "search_space": SpaceConfig,
+    "sampler": SamplerConfig,
+    "budget": BudgetConfig,
+    "suite": SuiteConfig,
+    "storage": StorageConfig,
+}
+
+
+def _complaint(mistake: Mapping[str, Any]) -> str:
+    """One mistake that pydantic found, in the words of the file."""
+    location = [str(part) for part in mistake["loc"] if part not in ("inline", "reference")]
+    place = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        section = _SECTIONS.get(location[0], StudyConfig) if len(location) > 1 else StudyConfig
+        return f"{place}: unknown key{_nearest(location[-1], tuple(section.model_fields))}"
+    if mistake["type"] == "missing":
+        return f"{place}: is missing"
+    message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix(f"{place}: ")
+    given = "" if mistake["type"] == "value_error" else f" (given: {mistake['input']!r})"
+    return f"{place}: {message}{given}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
