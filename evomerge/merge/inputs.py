@@ -1,0 +1,274 @@
+"""Models as a study names them -> local folders of safetensors.
+
+A reference is a local folder, a `.gguf` file, a hub name `owner/name[@revision]`, or one of these
+with `+adapter` (a PEFT LoRA, itself a folder or a hub name). What has to be made is made once and
+kept in `<storage>/input_models/<name>_<hash>`, named by its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from evomerge.errors import ConfigError
+from evomerge.merge.checkpoint import Checkpoint, published
+from evomerge.merge.lora import apply_adapter
+
+Result = TypeVar("Result")
+
+HUB_SECONDS = 10.0
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+# What a model needs of a hub repository's top folder: no pickles, no code.
+HUB_FILE = re.compile(r"[^/]+\.(safetensors|json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+
+_ORIGIN = "evomerge_origin.json"
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclass(frozen=True)
+class InputModels:
+    """Where references are looked up, and where what is made of them is kept.
+
+    `folder` is where relative paths start (that of the study file); `storage` holds
+    `input_models/`; `dtype` is that of models made from GGUF files; `say` is told, in one line
+    each, what takes its time.
+    """
+
+    storage: Path
+    folder: Path = Path()
+    dtype: str = "bfloat16"
+    say: Callable[[str], None] = _silent
+
+    def resolve(self, reference: str) -> Path:
+        """The absolute folder of safetensors that `reference` means; see the module's docstring.
+
+        Raises ConfigError where there is none: the message says what the reference could be.
+        """
+        if not self._is_local(reference) and "+" in reference:
+            base, adapter = _split(reference)
+            return self._with_adapter(self.resolve(base), self._adapter(adapter))
+        model = self._plain(reference)
+        _check_has_tokenizer(model)
+        return model
+
+    def hub_ids(self, reference: str) -> tuple[str, ...]:
+        """The hub repositories (`owner/name`) that a reference names: none, a model, an adapter."""
+        parts = [reference] if self._is_local(reference) else reference.split("+")
+        hub = [part for part in parts if not self._is_local(part) and HUB_NAME.fullmatch(part)]
+        return tuple(part.partition("@")[0] for part in hub)
+
+    def _is_local(self, reference: str) -> bool:
+        return self._path(reference).exists()
+
+    def _path(self, reference: str) -> Path:
+        return (self.folder / Path(reference).expanduser()).resolve()
+
+    def _plain(self, reference: str) -> Path:
+        path = self._path(reference)
+        if path.is_dir():
+            return path
+        if path.suffix == ".gguf" and path.is_file():
+            return self._dequantised(path)
+        return self._snapshot(reference, what="model")
+
+    def _adapter(self, reference: str) -> Path:
+        path = self._path(reference)
+        folder = path if path.is_dir() else self._snapshot(reference, what="adapter")
+        if not (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{folder}: not a LoRA adapter: adapter_config.json is missing")
+        return folder
+
+    def _kept(self, name: str, content: str) -> Path:
+        """The folder for an input of this name and content (any text that decides it)."""
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+        return self.storage.resolve() / "input_models" / f"{safe}_{digest}"
+
+    def _with_adapter(self, model: Path, adapter: Path) -> Path:
+        content = Checkpoint.open(model).fingerprint() + _content_of(adapter)
+        kept = self._kept(f"{_bare(model.name)}+{_bare(adapter.name)}", content)
+        if not kept.is_dir():
+            self.say(f"applying {adapter.name} to {model.name} (kept in {kept})")
+            apply_adapter(model, adapter, kept, dtype=None)
+        return kept
+
+    def _dequantised(self, path: Path) -> Path:
+        kept = self._kept(path.stem, _file_digest(path) + self.dtype)
+        if not kept.is_dir():
+            self.say(f"de-quantising {path.name} to {self.dtype} (kept in {kept})")
+            with _usable(kept) as partial:
+                _dequantise(path, partial, self.dtype)
+        return kept
+
+    def _snapshot(self, reference: str, what: str) -> Path:
+        if not HUB_NAME.fullmatch(reference):
+            raise ConfigError(
+                f"{reference}: this {what} is neither a folder ({self._path(reference)} does not "
+                "exist) nor a hub name (owner/name or owner/name@revision)"
+            )
+        name, _, revision = reference.partition("@")
+        try:
+            commit, files = _ask_hub(name, revision or None)
+        except ConfigError:
+            kept = self._known_snapshot(reference)
+            if kept is None:
+                raise
+            self.say(f"{reference}: the hub does not answer; using {kept}")
+            return kept
+        return self._download(reference, name, commit, files)
+
+    def _known_snapshot(self, reference: str) -> Path | None:
+        """The newest folder that an earlier download of `reference` left; None without one."""
+        origins = (self.storage / "input_models").glob(f"*/{_ORIGIN}")
+        known = [path for path in origins if json.loads(path.read_text())["reference"] == reference]
+        newest = max(known, key=lambda path: path.stat().st_mtime, default=None)
+        return newest.parent.resolve() if newest else None
+
+    def _download(self, reference: str, name: str, commit: str, files: list[str]) -> Path:
+        """The files at `commit`, in the hub's own cache, as a folder of links to them."""
+        kept = self._kept(name.rpartition("/")[2], f"{name}@{commit}")
+        if kept.is_dir() and all((kept / file).exists() for file in files):
+            return kept
+        self.say(f"fetching {name} at {commit[:12]} ({len(files)} files)")
+        cached = _fetch(name, commit, files)
+        with _usable(kept, overwrite=True) as partial:
+            for file in files:
+                (partial / file).symlink_to((cached / file).resolve())
+            origin = {"reference": reference, "commit": commit}
+            (partial / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        return kept
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """The two sides of MODEL+ADAPTER."""
+    model, _, adapter = reference.partition("+")
+    if not model or not adapter or "+" in adapter:
+        raise ConfigError(f"{reference}: expected MODEL+ADAPTER, with one + and a name either side")
+    return model, adapter
+
+
+def _check_has_tokenizer(model: Path) -> None:
+    if not any((model / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{model}: this model has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}"
+        )
+
+
+@contextmanager
+def _usable(directory: Path, overwrite: bool = False) -> Iterator[Path]:
+    """`published`, with a folder that cannot be made or filled told as what the user can mend."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with published(directory, overwrite=overwrite) as partial:
+            yield partial
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written: {error}") from error
+
+
+def _dequantise(path: Path, out: Path, dtype: str) -> None:
+    """Writes the GGUF file's model and tokenizer to `out`, by transformers' own reading of it."""
+    try:
+        import gguf  # noqa: F401 - transformers asks for it in a long message of its own
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: reading GGUF files needs two more packages: pip install evomerge[gguf]"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+
+
+def _ask_hub(name: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit that `revision` is, and the files of it that a model needs."""
+    from huggingface_hub import HfApi
+
+    def ask() -> tuple[str, list[str]]:
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        return str(info.sha), [file for file in files if HUB_FILE.fullmatch(file)]
+
+    commit, files = _hub_call(name, ask, seconds=HUB_SECONDS)
+    if not any(file.endswith(".safetensors") for file in files):
+        raise ConfigError(f"{name}: this hub repository has no safetensors; nothing else is read")
+    return commit, files
+
+
+def _fetch(name: str, commit: str, files: list[str]) -> Path:
+    """The hub cache's folder with `files` of `name` at `commit`; what it lacks is fetched."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        _hub_call(
+            name,
+            lambda: snapshot_download(name, revision=commit, allow_patterns=files),
+            seconds=None,
+        )
+    )
+
+
+def _hub_call(name: str, call: Callable[[], Result], seconds: float | None) -> Result:
+    """What `call` returns; any failure of it as a ConfigError that names the repository."""
+    try:
+        return _within(seconds, call)
+    # The hub client's errors are those of its transport (requests, httpx), which changes.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"{name}: not a folder here, and the Hugging Face hub gives no such model ({reason}); "
+            "a private or gated one needs HF_TOKEN"
+        ) from error
+
+
+def _within(seconds: float | None, call: Callable[[], Result]) -> Result:
+    """What `call` returns; TimeoutError after `seconds`, even where it hangs in a name look-up."""
+    results: list[Result] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]
+
+
+def _content_of(folder: Path) -> str:
+    """One text for the names and contents of the files in `folder`."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return "".join(f"{path.name} {_file_digest(path)}\n" for path in files)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bare(name: str) -> str:
+    """A kept folder's name without its hash: names stay short where inputs are made of inputs."""
+    return re.sub(r"_[0-9a-f]{12}$", "", name)
