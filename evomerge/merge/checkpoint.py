@@ -1,0 +1,394 @@
+"""Checkpoints on disk: safetensors read lazily and written in a stream; folders whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from evomerge.errors import ConfigError, OutputExistsError, RunError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MARKER_FILE = ".evomerge-partial"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of one tensor before any of its numbers is read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+
+class TensorSpec(Protocol):
+    """A tensor that is to be written: its name, dtype and shape."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its config and its tensors' headers; numbers are read when asked for."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorHeader]
+    _files: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """The checkpoint in `directory`, from config.json and safetensors headers alone.
+
+        Raises ConfigError where something is missing, truncated or not safetensors.
+        """
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: there is no such model directory")
+        config = _read_json(directory / "config.json")
+        single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+        if single.is_file():  # before an index, as transformers has it
+            tensors = _read_headers(single)
+        elif index.is_file():
+            tensors = _read_indexed_headers(index)
+        else:
+            raise ConfigError(_no_weights_message(directory))
+        return cls(directory, config, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` on the CPU, mapped from its file: no copy, pages read when touched.
+
+        It must not be written to.
+        """
+        file = self.tensors[name].file
+        if file not in self._files:
+            self._files[file] = safetensors.safe_open(file, framework="pt")
+        tensor: Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, by name."""
+        return tuple(sorted({header.file for header in self.tensors.values()}))
+
+    def fingerprint(self) -> str:
+        """A hash of config, headers, sizes and modification times: other weights, other hash."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, header in sorted(self.tensors.items()):
+            digest.update(f"{name} {header.dtype} {header.shape} {header.file.name}\n".encode())
+        for file in self.files:
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def write_sharded(
+    directory: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Writes `tensors` as safetensors into the folder `directory`, each when it arrives.
+
+    `specs` tell name, dtype and shape of every tensor beforehand, in the order of arrival; the
+    stream fills model.safetensors, or numbered shards of at most `max_shard_size` bytes (a larger
+    tensor gets its own) and their index. Memory needed: one tensor. Raises RunError where the disk
+    fails or is full.
+    """
+    shards = _cut_into_shards(specs, max_shard_size)
+    stream = iter(tensors)
+    try:
+        for file_name, shard in shards.items():
+            _write_shard(directory / file_name, shard, stream)
+        if list(shards) != [SINGLE_FILE]:
+            _write_index(directory / INDEX_FILE, shards)
+    except OSError as error:
+        raise disk_failure(directory, error) from error
+    assert next(stream, None) is None, "more tensors than specs"
+
+
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
+    """The bytes of all numbers of `specs`."""
+    return sum(_num_bytes(spec) for spec in specs)
+
+
+def disk_failure(path: Path, error: OSError) -> RunError | ConfigError:
+    """The error to raise for an OSError while writing to `path`."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{path}: the disk is full ({reason}); free some space and run it again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"{path}: cannot be written to ({reason}); choose another folder")
+    return RunError(f"{path}: writing failed ({reason})")
+
+
+@contextmanager
+def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `directory` only when the block ends without an error.
+
+    So a directory that exists is whole; what a killed writer leaves behind ends in `.partial`, and
+    the next writer removes it. Raises OutputExistsError, before the block runs, where `directory`
+    is there, not empty and not to be overwritten; ConfigError where it cannot be made.
+    """
+    directory = directory.absolute()
+    refuse_existing(directory, overwrite=overwrite)
+    partial = directory.with_name(directory.name + ".partial")
+    with ExitStack() as stack:
+        try:
+            _remove_if_ours(partial)
+            partial.mkdir(parents=True)
+            stack.enter_context(_marked(partial))
+        except OSError as error:
+            raise disk_failure(partial, error) from error
+        try:
+            yield partial
+            _replace(partial, directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def refuse_existing(directory: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError where `directory` is a file, or holds something to be kept."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise OutputExistsError(f"{directory}: exists and is no folder; choose another name")
+    if directory.is_dir() and not overwrite and any(directory.iterdir()):
+        raise OutputExistsError(
+            f"{directory}: exists and is not empty; choose another name or say --overwrite"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path.parent}: has no {path.name}, so it is no model directory"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: should be a JSON object")
+    return content
+
+
+def _read_headers(file: Path) -> dict[str, TensorHeader]:
+    """The headers of one safetensors file, in the order of the file's header.
+
+    Raises ConfigError where the file is shorter or longer than its header says.
+    """
+    header, data_start = _read_raw_header(file)
+    header.pop("__metadata__", None)
+    data_end = data_start
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            data_end = max(data_end, data_start + int(entry["data_offsets"][1]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{file}: tensor {name} has a broken header: {error!r}") from error
+        tensors[name] = TensorHeader(name, dtype, shape, file)
+    size = file.stat().st_size
+    if size != data_end:
+        raise ConfigError(
+            f"{file}: is truncated or damaged: {size} bytes, but its header describes {data_end}; "
+            "fetch the file again"
+        )
+    return tensors
+
+
+def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header as parsed JSON, and where the numbers start."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(_LONGEST_HEADER, file.stat().st_size):
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(opened.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("header is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: is truncated or no safetensors file ({error}); fetch the file again"
+        ) from error
+    return header, 8 + length
+
+
+def _read_indexed_headers(index: Path) -> dict[str, TensorHeader]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: has no weight_map")
+    by_file = {name: _indexed_file(index, name) for name in sorted(set(weight_map.values()))}
+    tensors = {}
+    for name, file_name in weight_map.items():
+        if name not in by_file[file_name]:
+            raise ConfigError(f"{index}: says that {name} is in {file_name}, but it is not")
+        tensors[name] = by_file[file_name][name]
+    return tensors
+
+
+def _indexed_file(index: Path, file_name: object) -> dict[str, TensorHeader]:
+    if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        raise ConfigError(f"{index}: {file_name!r} should be the name of a file beside it")
+    file = index.with_name(file_name)
+    if not file.is_file():
+        raise ConfigError(f"{index}: names {file_name}, which is missing; fetch it again")
+    return _read_headers(file)
+
+
+def _no_weights_message(directory: Path) -> str:
+    message = f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if any(directory.glob("pytorch_model*.bin")):
+        message += "; only safetensors is read: save the model again with safe_serialization=True"
+    return message
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    return spec.dtype.itemsize * int(torch.Size(spec.shape).numel())
+
+
+def _cut_into_shards(
+    specs: Sequence[TensorSpec], max_shard_size: int
+) -> dict[str, list[TensorSpec]]:
+    """The tensors of each file by its name, in order; greedy, no empty file."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + _num_bytes(spec) > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += _num_bytes(spec)
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _write_shard(
+    path: Path, specs: Sequence[TensorSpec], stream: Iterator[tuple[str, Tensor]]
+) -> None:
+    header, offsets = _layout(specs)
+    with path.open("xb") as file:
+        file.write(header)
+        for spec in specs:
+            name, tensor = next(stream)
+            expected = (spec.name, spec.dtype, tuple(spec.shape))
+            assert (name, tensor.dtype, tuple(tensor.shape)) == expected, (name, expected)
+            file.seek(len(header) + offsets[name])
+            _write_numbers(file, tensor)
+
+
+def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the numbers, and each tensor's offset after them.
+
+    Wide dtypes come first, so that every tensor is aligned to its own item size.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    place = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        offsets[spec.name] = place
+        end = place + _num_bytes(spec)
+        entries[spec.name] = {
+            "dtype": _DTYPE_CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _write_numbers(file: IO[bytes], tensor: Tensor) -> None:
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    file.write(numbers.numpy().data)
+
+
+def _write_index(path: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(total_bytes(shard) for shard in shards.values())},
+        "weight_map": {spec.name: name for name, shard in shards.items() for spec in shard},
+    }
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _marked(partial: Path) -> Iterator[None]:
+    """Our marker in `partial`, locked as long as its writer lives."""
+    with (partial / MARKER_FILE).open("w", encoding="utf-8") as marker:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.lockf(marker, fcntl.LOCK_EX)
+        marker.write(f"{os.getpid()}\n")
+        marker.flush()
+        yield
+
+
+def _remove_if_ours(partial: Path) -> None:
+    """Removes what a killed writer left; raises ConfigError where that is not what is there."""
+    if not partial.exists():
+        return
+    marker = partial / MARKER_FILE
+    if partial.is_dir() and not any(partial.iterdir()):
+        partial.rmdir()  # killed before it could be marked
+        return
+    if not marker.is_file():
+        raise ConfigError(f"{partial}: is in the way and not ours; move or remove it")
+    with marker.open("r+", encoding="utf-8") as opened:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{partial}: process {opened.read().strip()} is writing it; wait for its end"
+            ) from None
+        shutil.rmtree(partial)
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Renames `partial` to `directory`; what was there goes only when the new one is whole."""
+    replaced = directory.with_name(directory.name + ".replaced")
+    if directory.is_dir() and any(directory.iterdir()):
+        directory.rename(replaced)
+    partial.rename(directory)  # a rename onto an empty folder replaces it
+    (directory / MARKER_FILE).unlink()
+    if replaced.exists():
+        shutil.rmtree(replaced)

@@ -1,0 +1,169 @@
+"""A recipe as a complete model directory: weights, config, tokenizer, the recipe itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import CandidateError, ConfigError
+from evomerge.merge.checkpoint import (
+    Checkpoint,
+    disk_failure,
+    published,
+    refuse_existing,
+    total_bytes,
+    write_sharded,
+)
+from evomerge.merge.kernels import merge_into
+from evomerge.merge.methods import has_overflow
+from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
+from evomerge.recipe import Recipe
+
+RECIPE_FILE = "mergekit_config.yml"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Any one of them is enough to make a tokenizer from.
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def materialize(
+    recipe: Recipe,
+    directory: Path,
+    *,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the model of `recipe` to `directory`, which appears only when it is whole.
+
+    `extra_files` are texts by file name (README.md, …). The weights stream: memory needed is a few
+    tensors. Raises ConfigError before any work where recipe, models, disk or directory do not
+    allow it; CandidateError where an output number is NaN or infinite.
+    """
+    directory = directory.absolute()
+    refuse_existing(directory, overwrite=overwrite)
+    if checkpoints is None:
+        checkpoints = open_checkpoints(recipe)
+    plan = make_plan(recipe, checkpoints)
+    donor = checkpoints[plan.donor].directory
+    _refuse_inputs_as_output(directory, checkpoints)
+    _require_tokenizer(donor)
+    _require_space(directory, plan)
+    with published(directory, overwrite=overwrite) as partial:
+        write_sharded(
+            partial, plan.entries, merged_tensors(plan, checkpoints), max_shard_size=max_shard_size
+        )
+        try:
+            _copy_tokenizer(donor, partial)
+            _write_texts(partial, donor, plan, recipe, extra_files or {})
+        except OSError as error:
+            raise disk_failure(partial, error) from error
+    return directory
+
+
+def merged_tensors(
+    plan: MergePlan, checkpoints: Mapping[str, Checkpoint]
+) -> Iterator[tuple[str, Tensor]]:
+    """The plan's output tensors on the CPU, one after another, in the order of its entries.
+
+    Raises CandidateError where a number of the output is NaN or infinite.
+    """
+    for entry in plan.entries:
+        inputs = [checkpoints[tensor.model].read(tensor.name) for tensor in entry.inputs]
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        merge_into(out, entry.method, inputs, entry.weights)
+        if has_overflow(out):
+            raise CandidateError(f"{entry.name}: has NaN or infinite numbers after the merge")
+        yield entry.name, out
+
+
+def _refuse_inputs_as_output(directory: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
+    output = directory.resolve()
+    for name, checkpoint in checkpoints.items():
+        source = checkpoint.directory.resolve()
+        if output == source or output in source.parents:
+            raise ConfigError(
+                f"{directory}: holds {name}, which goes into the merge; choose another folder"
+            )
+
+
+def _require_tokenizer(donor: Path) -> None:
+    if not any((donor / name).is_file() for name in _VOCABULARY_FILES):
+        raise ConfigError(
+            f"{donor}: has no tokenizer ({', '.join(_VOCABULARY_FILES[:3])} …); copy the one that "
+            "the model was trained with into it"
+        )
+
+
+def _require_space(directory: Path, plan: MergePlan) -> None:
+    parent = next(path for path in directory.parents if path.exists())
+    needed, free = total_bytes(plan.entries), shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{directory}: the model needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
+            f"free on this disk"
+        )
+
+
+def _copy_tokenizer(donor: Path, directory: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (donor / name).is_file():
+            shutil.copyfile(donor / name, directory / name)
+    if (donor / "additional_chat_templates").is_dir():
+        shutil.copytree(
+            donor / "additional_chat_templates", directory / "additional_chat_templates"
+        )
+
+
+def _write_texts(
+    directory: Path, donor: Path, plan: MergePlan, recipe: Recipe, extra_files: Mapping[str, str]
+) -> None:
+    texts = {
+        "config.json": _as_json(plan.config),
+        GENERATION_FILE: _generation_config(donor, plan.config),
+        RECIPE_FILE: recipe.to_yaml(),
+        **extra_files,
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _generation_config(donor: Path, config: Mapping[str, Any]) -> str:
+    """The donor's, or else the token ids of its config, as transformers derives it."""
+    file = donor / GENERATION_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    tokens = {key: config[key] for key in _TOKEN_KEYS if config.get(key) is not None}
+    return _as_json({"_from_model_config": True, **tokens})
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
