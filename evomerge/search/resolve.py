@@ -15,7 +15,6 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
-from evomerge.recipe import Recipe, recipe_from_mapping
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace
 
@@ -23,14 +22,6 @@ Result = TypeVar("Result")
 
 # These cannot change an answer: where the weights come in, and how much memory may be taken.
 _HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "swap_space", "cpu_offload_gb")
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A model that every search is compared with; `label` is "base", "uniform" or "model 0" …"""
-
-    label: str
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -65,26 +56,6 @@ class ResolvedStudy:
     def directory(self) -> Path:
         """The study's own folder in the storage."""
         return study_directory(self.storage, self.name)
-
-    @property
-    def baselines(self) -> tuple[Baseline, ...]:
-        """The base, each model, and the uniform merge: all weights 1 / number of models."""
-        return (
-            Baseline("base", plain_recipe(self.base, self.space.dtype)),
-            *(
-                Baseline(f"model {index}", plain_recipe(model, self.space.dtype))
-                for index, model in enumerate(self.models)
-            ),
-            Baseline("uniform", self.space.decode(self.space.uniform(1 / len(self.models)))),
-        )
-
-
-def plain_recipe(model: Path, dtype: str) -> Recipe:
-    """The recipe that is `model` as it is, in `dtype`."""
-    return recipe_from_mapping(
-        {"merge_method": "passthrough", "models": [{"model": str(model)}], "dtype": dtype},
-        str(model),
-    )
 
 
 def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:

@@ -81,11 +81,14 @@ class BudgetConfig(_Strict):
 
 
 class EngineSettings(BaseModel):
-    """The `engine:` of a study; `options` go to the engine as they are."""
+    """The `engine:` of a study; `options` go to the engine as they are.
+
+    `name` "auto" is vLLM where it is installed, else transformers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: Literal["vllm", "transformers"] = "vllm"
+    name: Literal["auto", "vllm", "transformers"] = "auto"
     repeatable: bool = True
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     load: Literal["live", "disk"] = "live"

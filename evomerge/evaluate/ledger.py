@@ -1,0 +1,134 @@
+"""The ledger: every answer and grade, of all studies, with what made it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sql
+
+from evomerge.database import answers, grades
+from evomerge.evaluate.suite import TaskResult
+
+
+@dataclass(frozen=True)
+class UnitKey:
+    """Whose answers these are: everything but the task that makes an answer unique.
+
+    `candidate` is "trial 17", "base", "model 0" or "uniform"; `attempt` counts wanted repetitions
+    from 0; the digests are those of the recipe and of everything that decides the grades.
+    """
+
+    candidate: str
+    attempt: int
+    recipe_digest: str
+    suite_digest: str
+    scorer: str
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One answer with its grade; None where it could not be scored."""
+
+    candidate: str
+    task: str
+    attempt: int
+    prompt: str
+    answer: str
+    finish_reason: str
+    grade: float | None
+    seconds: float
+
+
+def record(
+    connection: sql.Connection,
+    study_id: int | None,
+    event_id: int | None,
+    unit: UnitKey,
+    results: Sequence[TaskResult],
+) -> None:
+    """Writes a unit's answers and grades, within the caller's transaction."""
+    rows = [_answer_row(study_id, event_id, unit, result) for result in results]
+    inserted = connection.execute(
+        sql.insert(answers).returning(answers.c.id, sort_by_parameter_order=True), rows
+    ).scalars()
+    graded = [
+        {"answer_id": answer_id, "scorer": unit.scorer, "grade": result.grade, "reply": None}
+        for answer_id, result in zip(inserted, results, strict=True)
+    ]
+    connection.execute(sql.insert(grades), graded)
+
+
+def mean_grade(results: Sequence[TaskResult]) -> float | None:
+    """The score: the mean of the grades there are; None where no answer could be graded.
+
+    Summed exactly, so that the order of the tasks does not matter.
+    """
+    found = [result.grade for result in results if result.grade is not None]
+    return math.fsum(found) / len(found) if found else None
+
+
+def grades_by_candidate(
+    connection: sql.Connection, study_id: int
+) -> Mapping[str, dict[str, float | None]]:
+    """candidate -> task -> grade of every answer of a study (the last attempt's)."""
+    query = (
+        sql.select(answers.c.candidate, answers.c.task, grades.c.grade)
+        .join(grades, grades.c.answer_id == answers.c.id)
+        .where(answers.c.study_id == study_id)
+        .order_by(answers.c.id)
+    )
+    found: dict[str, dict[str, float | None]] = {}
+    for candidate, task, grade in connection.execute(query):
+        found.setdefault(candidate, {})[task] = grade
+    return found
+
+
+def read_rows(connection: sql.Connection, study_id: int, candidate: str) -> list[LedgerRow]:
+    """The answers of one candidate in the order in which they were written."""
+    query = (
+        sql.select(
+            answers.c.candidate,
+            answers.c.task,
+            answers.c.attempt,
+            answers.c.prompt,
+            answers.c.answer,
+            answers.c.finish_reason,
+            grades.c.grade,
+            answers.c.seconds,
+        )
+        .join(grades, grades.c.answer_id == answers.c.id)
+        .where(answers.c.study_id == study_id, answers.c.candidate == candidate)
+        .order_by(answers.c.id)
+    )
+    return [LedgerRow(*row) for row in connection.execute(query)]
+
+
+def _answer_row(
+    study_id: int | None, event_id: int | None, unit: UnitKey, result: TaskResult
+) -> dict[str, object]:
+    return {
+        "study_id": study_id,
+        "event_id": event_id,
+        "candidate": unit.candidate,
+        "task": result.task_id,
+        "attempt": unit.attempt,
+        "recipe_digest": unit.recipe_digest,
+        "suite_digest": unit.suite_digest,
+        "version": result.version,
+        "prompt": _storable(result.prompt),
+        "answer": _storable(result.answer),
+        "finish_reason": result.finish_reason,
+        "seconds": result.seconds,
+    }
+
+
+def _storable(text: str) -> str:
+    """`text` with U+FFFD for what a database takes no text with: NUL, and halves of surrogates.
+
+    PostgreSQL refuses the first, every driver the second; a broken merge may well write them.
+    """
+    return (
+        text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )

@@ -1,0 +1,86 @@
+"""The candidates that are not drawn: the baselines, and how a study's recipes are found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.recipe import Recipe, recipe_from_mapping
+from evomerge.search.log import trial_label
+from evomerge.space import SearchSpace, SpaceConfig
+
+BASE = "base"
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe under the name that log and ledger know it by: "trial 17", "base", "model 0" …"""
+
+    label: str
+    recipe: Recipe
+
+
+def model_label(index: int) -> str:
+    """The candidate name of the study's model number `index`."""
+    return f"model {index}"
+
+
+def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
+    """The base, each model, and the uniform merge: all weights 1 / number of models."""
+    return (
+        Candidate(BASE, plain_recipe(space.base_model, space.dtype)),
+        *(
+            Candidate(model_label(index), plain_recipe(model, space.dtype))
+            for index, model in enumerate(space.models)
+        ),
+        Candidate(UNIFORM, space.decode(space.uniform(1 / len(space.models)))),
+    )
+
+
+def plain_recipe(model: str, dtype: str) -> Recipe:
+    """The recipe that is `model` as it is, in `dtype`."""
+    return recipe_from_mapping(
+        {"merge_method": "passthrough", "models": [{"model": model}], "dtype": dtype}, model
+    )
+
+
+def candidate_of(
+    space: SearchSpace, genomes: Mapping[int, tuple[float, ...]], label: str
+) -> Candidate:
+    """The candidate of this name. Raises KeyError where there is none."""
+    for number, genome in genomes.items():
+        if label == trial_label(number):
+            return Candidate(label, space.decode(genome))
+    return {candidate.label: candidate for candidate in baselines(space)}[label]
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """A short hash of everything that a recipe says."""
+    text = json.dumps(recipe.to_mapping(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def space_to_mapping(space: SearchSpace) -> dict[str, Any]:
+    """A search space as plain values, for the log."""
+    return {
+        "config": space.config.model_dump(mode="json"),
+        "base_model": space.base_model,
+        "models": list(space.models),
+        "num_layers": space.slices[-1][1],
+        "dtype": space.dtype,
+    }
+
+
+def space_from_mapping(mapping: Mapping[str, Any]) -> SearchSpace:
+    """The search space of `space_to_mapping`."""
+    return SearchSpace.build(
+        SpaceConfig.model_validate(mapping["config"]),
+        base_model=mapping["base_model"],
+        models=mapping["models"],
+        num_layers=mapping["num_layers"],
+        dtype=mapping["dtype"],
+    )

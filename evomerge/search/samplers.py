@@ -1,0 +1,122 @@
+"""Samplers: who proposes genomes, by ask and tell.
+
+A proposal is a pure function of the blocks told so far and of (seed, number): who asks when, how
+often or in which order changes nothing. So a resumed search needs the log's tells and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from evomerge.space import Genome
+
+with warnings.catch_warnings():
+    # cma says at import that it has no matplotlib, which its plots alone would need.
+    warnings.simplefilter("ignore", UserWarning)
+    import cma
+
+
+@dataclass(frozen=True)
+class Told:
+    """One scored candidate as a sampler learns of it; a higher `value` is better, and finite."""
+
+    number: int
+    genome: Sequence[float]
+    value: float
+
+
+class Sampler(Protocol):
+    """What the search asks and tells."""
+
+    def propose(self, number: int) -> Genome:
+        """The genome of candidate `number`, float64 of shape (genes,)."""
+
+    def tell(self, block: Sequence[Told]) -> None:
+        """Learns from a whole generation, in the order of its numbers."""
+
+
+class CmaEs:
+    """CMA-ES by the package cma: textbook settings, no bounds, its own source of randomness.
+
+    Genomes come out as drawn: who decodes them clips. cma's side doors stay shut: the file
+    `cma_signals.in` of the working directory, strings that it evaluates, numpy's global generator.
+    """
+
+    def __init__(self, *, start: Genome, sigma0: float, population: int, seed: int) -> None:
+        """A search from `start` with step `sigma0` (both in weight units), told in blocks of
+        `population`.
+        """
+        self._dimension = len(start)
+        self._seed = seed
+        self._random = _ReseededRandom()
+        self._strategy = cma.CMAEvolutionStrategy(
+            _padded(start),
+            sigma0,
+            {
+                "popsize": population,
+                "randn": self._random.randn,
+                "seed": math.nan,
+                "signals_filename": "",
+                # Rescaling coordinates would make what is told differ from what was drawn.
+                "conditioncov_alleviate": False,
+                "verbose": -9,
+            },
+        )
+
+    def propose(self, number: int) -> Genome:
+        """The genome of candidate `number`, float64 of shape (genes,)."""
+        return self._draw(number)[: self._dimension]
+
+    def tell(self, block: Sequence[Told]) -> None:
+        """Learns from a whole generation, in the order of its numbers."""
+        if self._dimension > 1:
+            solutions = [np.array(told.genome, dtype=np.float64) for told in block]
+        else:
+            solutions = [self._with_its_padding(told) for told in block]
+        # cma wants to have been asked before it is told; the draw itself is thrown away.
+        self._draw(block[0].number)
+        # Minus: cma minimises. check_points: what it does not remember to have drawn (all, after a
+        # resume) would be shortened to a plausible length.
+        self._strategy.tell(solutions, [-told.value for told in block], check_points=False)
+
+    def _draw(self, number: int) -> Genome:
+        self._random.reseed(self._seed, number)
+        drawn = np.asarray(self._strategy.ask(1)[0], dtype=np.float64)
+        assert np.isfinite(drawn).all(), f"cma drew {drawn} for candidate {number}"
+        return drawn
+
+    def _with_its_padding(self, told: Told) -> Genome:
+        drawn = self._draw(told.number)
+        drawn[: self._dimension] = told.genome
+        return drawn
+
+
+class _ReseededRandom:
+    """Normal numbers from a generator that is set anew before each draw.
+
+    RandomState, not Generator: numpy promises that its stream stays the same for good (NEP 19).
+    """
+
+    def __init__(self) -> None:
+        self._state = np.random.RandomState(0)
+
+    def reseed(self, seed: int, number: int) -> None:
+        """From here on the numbers are a function of (seed, number)."""
+        digest = hashlib.sha256(f"evomerge candidate {seed} {number}".encode()).digest()
+        self._state = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+
+    def randn(self, *shape: int) -> Any:
+        """Standard normal numbers of `shape`, as numpy.random.randn gives them."""
+        return self._state.randn(*shape)
+
+
+def _padded(start: Genome) -> Genome:
+    """`start` with a second, idle gene where there is only one: CMA-ES is not made for one."""
+    return np.asarray(start if len(start) > 1 else [*start, 0.0], dtype=np.float64)

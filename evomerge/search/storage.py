@@ -1,0 +1,194 @@
+"""A study's place in a storage: its log, its lock, and the files that follow from its log."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.database import check_writable, has_database, open_database, stops_the_run
+from evomerge.errors import ConfigError
+from evomerge.search.log import EventLog, study_names
+from evomerge.search.study import study_directory
+
+_LOCK = "lock"
+_OWNER = "owner"
+STUDY_FILE = "study.yaml"
+
+
+def database_url(database_env: str | None, environment: Mapping[str, str]) -> str | None:
+    """The database's URL in the variable of that name; None for SQLite. ConfigError if unset."""
+    if database_env is None:
+        return None
+    url = environment.get(database_env)
+    if not url:
+        raise ConfigError(
+            f"storage.database_env: the variable {database_env} is not set; it should hold "
+            "the URL of a database, as postgresql+psycopg://user:password@host/name"
+        )
+    return url
+
+
+def open_log(storage: Path, name: str) -> EventLog | None:
+    """The log of study `name`, wherever its study.yaml says it is; None where there is none."""
+    asked = _storage_of(study_directory(storage, name))
+    if asked is None and not has_database(storage):
+        return None
+    url = database_url(asked, os.environ)
+    return EventLog(open_database(storage, url), name)
+
+
+def stored_names(storage: Path) -> list[str]:
+    """The names of all studies of a storage, those of its own database first."""
+    names: list[str] = []
+    if has_database(storage):
+        database = open_database(storage)
+        names += study_names(database)
+        database.dispose()
+    folders = sorted((storage / "studies").glob(f"*/{STUDY_FILE}"))
+    return list(dict.fromkeys([*names, *(path.parent.name for path in folders)]))
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """The study in `directory` belongs to this process; a second one gets a ConfigError.
+
+    The lock is the process's own: engine processes that it starts do not inherit it, and it is
+    gone with the process, however that ends.
+    """
+    check_writable(directory)
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    # A POSIX record lock: unlike flock's, it is not passed on to children. The price: it is lost
+    # when this process closes any other handle of the file, so nothing else opens it.
+    handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(handle, directory)
+        write_whole(directory / _OWNER, json.dumps(_this_process()))
+        try:
+            yield
+        except ConfigError:
+            _leave_nothing(directory, made)
+            raise
+        finally:
+            (directory / _OWNER).unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process is at work on the study in `directory`."""
+    owner = _owner(directory)
+    if owner is None:
+        return False
+    # Asking needs a handle, and closing that would give up a lock of our own.
+    if owner == _this_process():
+        return True
+    try:
+        handle = os.open(directory / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _is_locked(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces the file `path` by one with `text`; no moment shows a part of it."""
+    with stops_the_run(str(path)):
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(partial).chmod(0o644)
+            Path(partial).replace(path)
+        except BaseException:
+            with suppress(OSError):
+                Path(partial).unlink()
+            raise
+
+
+def write_study_file(directory: Path, begun: Mapping[str, Any]) -> None:
+    """Writes study.yaml, what was asked and resolved, unless it is there."""
+    path = directory / STUDY_FILE
+    if not path.exists():
+        text = yaml.safe_dump(dict(begun), sort_keys=False, allow_unicode=True, width=100)
+        write_whole(path, f"# What this study was asked and found; kept for the reader.\n{text}")
+
+
+def _lock(handle: int, directory: Path) -> None:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = _owner(directory)
+        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+        raise ConfigError(
+            f"study {directory.name}: {who} is at work on it ({directory / _LOCK}); "
+            "wait for it or end it, then start again"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{directory / _LOCK}: this file system cannot lock files: {error.strerror}; "
+            "put the storage on one that can"
+        ) from error
+
+
+def _is_locked(handle: int) -> bool:
+    """Whether another process holds the lock on a file; the question takes nothing."""
+    # struct flock as Python's fcntl hands it to the C library: type, whence, start, length, pid.
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(handle, fcntl.F_GETLK, question)
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells this process from every other, also from one that bore its number before."""
+    started = ""
+    with suppress(OSError, IndexError):
+        stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+        started = stat.rpartition(")")[2].split()[19]  # proc_pid_stat(5): field 22, starttime
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+
+
+def _owner(directory: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads((directory / _OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) and {"pid", "host"} <= owner.keys() else None
+
+
+def _leave_nothing(directory: Path, made: Sequence[Path]) -> None:
+    """Removes what only the lock needed: a study that did not begin leaves no folder behind."""
+    if directory not in made or (directory / STUDY_FILE).exists():
+        return
+    with suppress(OSError):
+        (directory / _OWNER).unlink(missing_ok=True)
+        (directory / _LOCK).unlink()
+        for folder in made:
+            folder.rmdir()  # refuses a folder that holds anything: then it stays
+
+
+def _storage_of(directory: Path) -> str | None:
+    """The variable with the URL of the database that holds the study in `directory`, if any."""
+    try:
+        content = yaml.safe_load((directory / STUDY_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    try:
+        name = content["study"]["storage"]["database_env"]
+    except (KeyError, TypeError):
+        return None
+    return str(name)
