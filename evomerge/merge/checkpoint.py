@@ -11,14 +11,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import safetensors
 import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError, RunError
+
+if TYPE_CHECKING:
+    from evomerge.merge.architecture import Architecture
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -101,6 +105,13 @@ class Checkpoint:
         tensor: Tensor = self._files[file].get_tensor(name)
         return tensor
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Which tensor is in which layer; ConfigError where they are not those of one model."""
+        from evomerge.merge.architecture import read_architecture
+
+        return read_architecture(self)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, by name."""
@@ -115,6 +126,13 @@ class Checkpoint:
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+
+def read_tensor_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, mapped, by name; ConfigError where it is damaged."""
+    headers = _read_headers(file)
+    checkpoint = Checkpoint(file.parent, {}, headers)
+    return {name: checkpoint.read(name) for name in headers}
 
 
 def write_sharded(
@@ -148,13 +166,11 @@ def total_bytes(specs: Iterable[TensorSpec]) -> int:
     return sum(_num_bytes(spec) for spec in specs)
 
 
-def disk_failure(path: Path, error: OSError) -> RunError | ConfigError:
+def disk_failure(path: Path, error: OSError) -> RunError:
     """The error to raise for an OSError while writing to `path`."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"{path}: the disk is full ({reason}); free some space and run it again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"{path}: cannot be written to ({reason}); choose another folder")
     return RunError(f"{path}: writing failed ({reason})")
 
 
@@ -175,7 +191,9 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
             partial.mkdir(parents=True)
             stack.enter_context(_marked(partial))
         except OSError as error:
-            raise disk_failure(partial, error) from error
+            raise ConfigError(
+                f"{partial}: cannot be made ({error.strerror}); choose another folder"
+            ) from error
         try:
             yield partial
             _replace(partial, directory)

@@ -82,7 +82,7 @@ def materialize(
             partial, plan.entries, merged_tensors(plan, checkpoints), max_shard_size=max_shard_size
         )
         try:
-            _copy_tokenizer(donor, partial)
+            _copy_tokenizer_and_code(donor, partial)
             _write_texts(partial, donor, plan, recipe, extra_files or {})
         except OSError as error:
             raise disk_failure(partial, error) from error
@@ -133,10 +133,12 @@ def _require_space(directory: Path, plan: MergePlan) -> None:
         )
 
 
-def _copy_tokenizer(donor: Path, directory: Path) -> None:
+def _copy_tokenizer_and_code(donor: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (donor / name).is_file():
             shutil.copyfile(donor / name, directory / name)
+    for code in donor.glob("*.py"):  # of a model that brings its own (auto_map in its config)
+        shutil.copyfile(code, directory / code.name)
     if (donor / "additional_chat_templates").is_dir():
         shutil.copytree(
             donor / "additional_chat_templates", directory / "additional_chat_templates"

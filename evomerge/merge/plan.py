@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import CandidateError, ConfigError
-from evomerge.merge.architecture import HEAD, Architecture, read_architecture
+from evomerge.merge.architecture import HEAD, Architecture
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
 from evomerge.recipe import (
     METHODS_WITH_BASE,
@@ -94,10 +94,9 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePla
     _refuse_mixed_models(parts, checkpoints)
     groups = [group for part in parts for group in part.groups()]
     entries = tuple(_entry(group, recipe) for group in groups)
-    tied = not any(entry.name == HEAD for entry in entries)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
     donor = recipe.model_names()[0]
-    config = _output_config(checkpoints[donor].config, parts, dtype, tied=tied)
+    config = _output_config(checkpoints[donor].config, parts, dtype, checkpoints)
     return MergePlan(entries, config, donor, dtype, _digest(entries, config))
 
 
@@ -135,6 +134,11 @@ class _Part:
     def num_layers(self) -> int:
         return self.sources[0].num_layers
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether no source has output embeddings of its own; then a last part makes none."""
+        return all(architecture.tied for architecture in self.architectures)
+
     def groups(self) -> Iterator[_Group]:
         """The output tensors of this part: the input side, the layers, the output side."""
         if self.is_first:
@@ -143,7 +147,7 @@ class _Part:
             yield from self._layer_groups(offset)
         if self.is_last:
             yield from self._outer_groups([_without_head(a) for a in self.architectures])
-            if any(not a.tied for a in self.architectures):
+            if not self.is_tied:
                 yield from self._outer_groups([_head(a) for a in self.architectures])
 
     def _layer_groups(self, offset: int) -> Iterator[_Group]:
@@ -259,7 +263,7 @@ def _check_layer_ranges(part: Slice, architectures: Mapping[str, Architecture], 
 def _architecture(name: str, checkpoints: Mapping[str, Checkpoint]) -> Architecture:
     if name not in checkpoints:
         raise ConfigError(f"{name}: is not among the models {', '.join(checkpoints)}")
-    return read_architecture(checkpoints[name])
+    return checkpoints[name].architecture
 
 
 def _refuse_mixed_models(parts: Sequence[_Part], checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -371,20 +375,19 @@ def _output_config(
     donor_config: Mapping[str, Any],
     parts: Sequence[_Part],
     dtype: torch.dtype,
-    *,
-    tied: bool,
+    checkpoints: Mapping[str, Checkpoint],
 ) -> dict[str, Any]:
     """The donor's config with the output's dtype, layers and tied embeddings."""
     config = {key: value for key, value in donor_config.items() if key not in _NOT_THE_OUTPUTS}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = tied
+    config["tie_word_embeddings"] = parts[-1].is_tied
     config[parts[0].architectures[0].layer_count_key] = sum(part.num_layers for part in parts)
-    kinds = config.get("layer_types")  # one word per layer: restacked as the layers are
-    if isinstance(kinds, list):
+    if "layer_types" in config:  # one word per layer: restacked as the layers are
+        firsts = [part.sources[0] for part in parts]
         config["layer_types"] = [
-            kinds[index % len(kinds)]
-            for part in parts
-            for index in range(*part.sources[0].layer_range)
+            checkpoints[source.model].config.get("layer_types", config["layer_types"])[index]
+            for source in firsts
+            for index in range(*source.layer_range)
         ]
     return config
 
