@@ -25,3 +25,7 @@ class RunError(EvomergeError):
 
 class CandidateError(EvomergeError):
     """One candidate could not be made or scored: a state of its trial, never a score."""
+
+
+class EngineDiedError(EvomergeError):
+    """The engine is gone or broken: it must be opened again before anything else is asked of it."""

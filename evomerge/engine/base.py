@@ -12,7 +12,10 @@ from evomerge.recipe import Recipe
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How an answer is sampled. `temperature` 0 is greedy; `stop` strings end an answer, not in it."""
+    """How an answer is sampled.
+
+    `temperature` 0 is greedy; a `stop` string ends an answer and is not part of it.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -51,13 +54,18 @@ class EngineConfig:
 
     `model` is the local directory whose configuration and tokenizer the engine takes (the base);
     `sources` are the local directories that recipes may name. `options` go to the engine's own
-    constructor as they are (for vLLM: its engine arguments).
+    constructor as they are (for vLLM: its engine arguments). `load` says how a candidate comes in:
+    "live" into the running engine wherever it can, "disk" always by way of a model directory under
+    `scratch`. `url` is the address of a running server to use instead of an engine of our own.
     """
 
     model: str
     sources: tuple[str, ...]
     dtype: str = "bfloat16"
     repeatable: bool = True
+    load: Literal["live", "disk"] = "live"
+    scratch: str | None = None
+    url: str | None = None
     trust_remote_code: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 

@@ -1,23 +1,97 @@
-"""Runs a merge method over a tensor: compiled where a C++ compiler is present, else in chunks.
+"""Runs a merge method over one tensor: compiled where a C++ compiler is present, else in chunks.
 
-Both ways give the same bits (tests/merge/test_kernels.py); compiled it takes about the memory
-traffic's own time, in chunks of a cache's size 4 to 6 times that.
+Both ways give the same bits (tests/merge/test_kernels.py), so the choice is one of speed alone:
+compiled, a merge takes little more than its memory traffic; in chunks 4 to 6 times that. Compiling
+costs some seconds once per machine (the compiler's cache keeps the kernels), which pays for models
+that are merged many times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import shutil
+import types
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, Method
+
+# Three float32 temporaries of a chunk fit into a core's second-level cache (1–2 MB).
+CHUNK_ELEMENTS_CPU = 1 << 16
+CHUNK_ELEMENTS_GPU = 1 << 24
+# Below this many output elements a whole eager merge takes less than compiling would save in a
+# search of some hundred candidates.
+COMPILE_PAYS_ELEMENTS = 30_000_000
 
 
-def merge_into(out: Tensor, method: str, inputs: Sequence[Tensor], weights: Sequence[float]) -> None:
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch's compiler has what it needs here: a C++ compiler."""
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def compile_pays(elements: int, device: torch.device) -> bool:
+    """Whether compiled kernels are worth their start-up for a model of so many output elements.
+
+    Only on CPUs: a GPU's compiler may contract a multiplication and an addition into one rounding,
+    and then the live model would differ from the one on disk.
+    """
+    return device.type == "cpu" and elements >= COMPILE_PAYS_ELEMENTS and can_compile()
+
+
+def merge_into(
+    out: Tensor,
+    method: str,
+    inputs: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    compiled: bool = False,
+) -> None:
     """Fills `out` with `method` over `inputs`, computed in float32 and rounded once.
 
-    `out` may be a view into a larger parameter; `inputs` have its shape, on its device.
+    `out` may be a view into a larger parameter; `inputs` have its shape and lie on its device.
     `weights` are rounded to float32 before anything is computed.
     """
-    METHODS[method](out, inputs, torch.tensor(weights, dtype=torch.float32, device=out.device))
+    weights_k = torch.tensor(weights, dtype=torch.float32, device=out.device)
+    out, inputs = _flattened(out, inputs)
+    with torch.no_grad():
+        if compiled and method != "passthrough":
+            _compiled(method, len(inputs))(out, inputs, weights_k)
+        else:
+            _in_chunks(METHODS[method], out, inputs, weights_k)
+
+
+def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same memory as vectors where it is contiguous: one kernel then fits every shape."""
+    if out.is_contiguous() and all(tensor.is_contiguous() for tensor in inputs):
+        return out.view(-1), [tensor.view(-1) for tensor in inputs]
+    return out, list(inputs)
+
+
+def _in_chunks(method: Method, out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+    """`method` piece by piece along the first dimension, so that temporaries stay in the cache."""
+    limit = CHUNK_ELEMENTS_CPU if out.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    if out.numel() <= limit or out.dim() == 0:
+        method(out, inputs, weights)
+        return
+    step = max(1, limit * out.shape[0] // out.numel())
+    for start in range(0, out.shape[0], step):
+        piece = slice(start, start + step)
+        method(out[piece], [tensor[piece] for tensor in inputs], weights)
+
+
+@functools.cache
+def _compiled(method: str, number_of_inputs: int) -> Callable[..., None]:
+    """`method` as one fused loop, specialised on the number of inputs only.
+
+    Every pair gets a code object of its own, because the compiler counts its specialisations per
+    code object and refuses the ninth.
+    """
+    del number_of_inputs
+    function = METHODS[method]
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True)
+    return compiled

@@ -1,0 +1,42 @@
+"""A model directory's tokenizer: chats to prompt text, prompt text to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import ConfigError
+
+
+class Tokenizer:
+    """The tokenizer of a model directory; chat templates run in transformers' Jinja sandbox."""
+
+    def __init__(self, directory: str, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(
+                Path(directory), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{directory}: no tokenizer can be read there: {reason}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.inner.chat_template)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text of a chat up to the response cue."""
+        text = self.inner.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return str(text)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.inner(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.inner.decode(list(token_ids), skip_special_tokens=True))

@@ -1,0 +1,206 @@
+"""transformers as an engine: slower than vLLM, on every platform that torch runs on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.planning import Planner
+from evomerge.engine.tokenizer import Tokenizer
+from evomerge.errors import CandidateError, ConfigError
+from evomerge.merge.kernels import compile_pays, merge_into
+from evomerge.merge.materialize import materialize
+from evomerge.merge.methods import has_overflow
+from evomerge.merge.plan import MergePlan
+from evomerge.recipe import Recipe
+
+BATCH = 64
+
+
+class TransformersEngine(Engine):
+    """An `AutoModelForCausalLM` whose parameters a recipe is computed into, in place."""
+
+    name = "transformers"
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.planner = Planner(config.model, config.sources, config.dtype)
+        self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = self._open(config.model)
+        elements = sum(parameter.numel() for parameter in self.model.parameters())
+        self._compiled = compile_pays(elements, self.device)
+        self._version = "default"
+        if unknown := sorted(set(config.options) - {"max_model_len"}):
+            raise ConfigError(
+                f"engine: {unknown[0]}: not an option of the transformers engine; it has "
+                "max_model_len"
+            )
+
+    def _open(self, directory: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                Path(directory),
+                dtype=getattr(torch, self.config.dtype),
+                trust_remote_code=self.config.trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"transformers does not load {directory}: {error}") from error
+        return model.to(device=self.device).eval()
+
+    def _obstacle(self, plan: MergePlan) -> str | None:
+        if obstacle := self.planner.obstacle(plan):
+            return obstacle
+        names = {entry.name for entry in plan.entries}
+        if foreign := names - self._parameters().keys():
+            return f"transformers keeps {min(foreign)} under another name"
+        return None
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def supports(self, recipe: Recipe) -> str | None:
+        return self._obstacle(self.planner.plan(recipe))
+
+    def load(self, recipe: Recipe) -> Loaded:
+        start = time.perf_counter()
+        plan = self.planner.plan(recipe)
+        live = self.config.load == "live" and self._obstacle(plan) is None
+        if live:
+            self._apply(plan)
+        else:
+            self._load_from_disk(recipe)
+        self._version = plan.digest
+        return Loaded(plan.digest, "live" if live else "disk", time.perf_counter() - start)
+
+    def _apply(self, plan: MergePlan) -> None:
+        parameters = self._parameters()
+        for entry in plan.entries:
+            inputs = [
+                self.planner.checkpoints[source.model].read(source.name).to(self.device)
+                for source in entry.inputs
+            ]
+            out = parameters[entry.name].data
+            merge_into(out, entry.method, inputs, entry.weights, compiled=self._compiled)
+            if has_overflow(out):
+                raise CandidateError(f"{entry.name} has NaN or infinite values")
+
+    def _load_from_disk(self, recipe: Recipe) -> None:
+        if self.config.scratch is None:
+            raise ConfigError("engine: load: disk needs a directory for its models (scratch)")
+        directory = Path(self.config.scratch) / "candidate"
+        materialize(recipe, directory, overwrite=True)
+        self.model = self._open(str(directory))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self.tokenizer.render(messages)
+
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.has_chat_template
+
+    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+    @property
+    def max_model_len(self) -> int:
+        limit = self.config.options.get("max_model_len", self.model.config.max_position_embeddings)
+        return int(str(limit))
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+    ) -> list[Completion]:
+        completions: list[Completion] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = self._encode(prompts[start : start + BATCH], add_special_tokens)
+            completions += self._generate_batch(batch, settings)
+        return completions
+
+    def _encode(self, prompts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        return [
+            self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            for prompt in prompts
+        ]
+
+    def _generate_batch(
+        self, prompts: list[list[int]], settings: GenerationSettings
+    ) -> list[Completion]:
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        ids, mask = self._padded(prompts)
+        sampled = settings.temperature > 0
+        arguments: dict[str, Any] = {"max_new_tokens": settings.max_tokens, "do_sample": sampled}
+        if sampled:
+            arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.stop:
+            stop = list(settings.stop)
+            arguments |= {"stop_strings": stop, "tokenizer": self.tokenizer.inner}
+        output = self.model.generate(
+            ids, attention_mask=mask, pad_token_id=self._padding(), **arguments
+        )
+        answers = output[:, ids.shape[1] :].tolist()
+        return [
+            self._completion(prompt, answer, settings)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _completion(
+        self, prompt: list[int], answer: list[int], settings: GenerationSettings
+    ) -> Completion:
+        ends = [place for place, token in enumerate(answer) if token in self._end_tokens()]
+        finished = bool(ends)
+        written = answer[: ends[0] + 1] if finished else answer
+        text = self.tokenizer.decode(written[:-1] if finished else written)
+        for stop in settings.stop:
+            before, found, _ = text.partition(stop)
+            text, finished = before, finished or bool(found)
+        return Completion(
+            text=text,
+            token_ids=tuple(written),
+            finish_reason="stop" if finished else "length",
+            prompt_tokens=len(prompt),
+            version=self._version,
+        )
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both of shape (prompts, longest prompt), padded left."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = [[self._padding()] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    def _padding(self) -> int:
+        padding = self.tokenizer.inner.pad_token_id
+        return int(padding) if padding is not None else min(self._end_tokens(), default=0)
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.inner.eos_token_id
+        return {ends} if isinstance(ends, int) else set(ends or ())
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, prompts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[float]]:
+        return [self._scored(ids) for ids in self._encode(prompts, add_special_tokens)]
+
+    def _scored(self, ids: list[int]) -> list[float]:
+        tokens_1T = torch.tensor([ids], device=self.device)  # 1 = one prompt, T = its tokens
+        logits_TV = self.model(tokens_1T).logits[0, :-1].float()
+        values = logits_TV.log_softmax(-1).gather(1, tokens_1T[0, 1:, None])
+        scored: list[float] = values[:, 0].tolist()
+        return scored
+
+    def close(self) -> None:
+        del self.model

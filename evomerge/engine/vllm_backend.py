@@ -1,0 +1,257 @@
+"""The vLLM weight-transfer backend whose message is a recipe; it lives in vLLM's workers.
+
+All that this project uses of vLLM's inside, and is not vLLM's public API, is in this file:
+how a CPU layer's packed weight is unpacked. It was tested with the versions in `TESTED`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import vllm
+from packaging.version import Version
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from evomerge.engine.residency import Residency, View
+from evomerge.errors import CandidateError, EvomergeError
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.kernels import compile_pays, merge_into
+from evomerge.merge.methods import has_overflow
+from evomerge.merge.plan import MergePlan, PlanEntry, make_plan
+from evomerge.recipe import recipe_from_mapping
+
+TESTED = ("0.25.1", "0.34")  # first version, first version that is not covered
+MODELS_VARIABLE = "EVOMERGE_MODELS"
+
+
+@dataclass
+class MergeInitInfo(WeightTransferInitInfo):
+    """The sources that the driver means to name; each must have been declared at the start."""
+
+    models: list[str] = field(default_factory=list)
+
+
+@dataclass
+class MergeUpdateInfo(WeightTransferUpdateInfo):
+    """A recipe in the form of `Recipe.to_mapping`, and the digest of the plan it must give."""
+
+    recipe: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a part of a checkpoint tensor goes: a view into a live parameter of the same shape."""
+
+    name: str
+    part: View
+    into: Tensor
+
+
+class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
+    """Turns the live model into the merge that a recipe describes, in one pass over its parameters.
+
+    Sources are declared where the engine is started, in its `additional_config` under
+    {"evomerge": {"models": [...]}} or in the environment variable EVOMERGE_MODELS (separated like
+    PATH), never by a message. Made when the model has been loaded, before vLLM compiles it.
+    """
+
+    init_info_cls = MergeInitInfo
+    update_info_cls = MergeUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
+        super().__init__(config, vllm_config, device, model)
+        check_vllm_version(vllm.__version__)
+        if vllm_config.quant_config is not None:
+            raise EvomergeError("evomerge merges into unquantised weights; switch quantization off")
+        served = str(vllm_config.model_config.model)
+        declared = declared_models(vllm_config.additional_config, os.environ)
+        self.sources = Residency.open(
+            [served, *declared], device, **memory_budget(vllm_config.additional_config)
+        )
+        unpack_cpu_layers(model)
+        self.destinations = trace_loading(model, self.sources.checkpoint(served))
+        elements = sum(destination.into.numel() for destination in self.destinations)
+        self.compiled = compile_pays(elements, device)
+
+    def init_transfer_engine(self, init_info: MergeInitInfo) -> None:
+        for name in init_info.models:
+            self.sources.checkpoint(name)
+
+    def start_weight_update(self) -> None:
+        """Nothing to prepare: the weights are written in place."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing to finish: the weights were written in place."""
+
+    def receive_weights(self, update_info: MergeUpdateInfo) -> None:
+        recipe = recipe_from_mapping(update_info.recipe, "the recipe in the message")
+        for name in recipe.model_names():
+            self.sources.checkpoint(name)
+        plan = make_plan(recipe, self.sources.checkpoints)
+        if plan.digest != update_info.digest:
+            raise EvomergeError(
+                f"this worker plans {plan.digest}, the driver {update_info.digest}: "
+                "a source model changed after the engine started; start again"
+            )
+        self.apply(plan)
+
+    def apply(self, plan: MergePlan) -> None:
+        """Computes every parameter of the plan into its place.
+
+        Raises CandidateError where a result is not finite, EvomergeError where the plan is not one
+        for this model; the parameters are then a mixture until the next plan is applied.
+        """
+        entries = {entry.name: entry for entry in plan.entries}
+        missing = {place.name for place in self.destinations} - entries.keys()
+        if missing:
+            raise EvomergeError(f"the recipe gives no tensor {min(missing)}, which this model has")
+        for place in self.destinations:
+            self._fill(place, entries[place.name])
+
+    def _fill(self, place: Destination, entry: PlanEntry) -> None:
+        keys = [(source.model, source.name, place.part) for source in entry.inputs]
+        inputs = [self.sources.part(*key) for key in keys]
+        rounded = place.into.dtype == entry.dtype
+        out = place.into if rounded else torch.empty_like(place.into, dtype=entry.dtype)
+        merge_into(out, entry.method, inputs, entry.weights, compiled=self.compiled)
+        # A bound on the result from the inputs' magnitudes, known since the first candidate, spares
+        # reading the result again.
+        bound = largest_possible(entry, [self.sources.largest(*key) for key in keys])
+        if not bound < torch.finfo(entry.dtype).max and has_overflow(out):
+            raise CandidateError(f"{entry.name} has NaN or infinite values")
+        if not rounded:
+            place.into.copy_(out)
+
+    def shutdown(self) -> None:
+        """Nothing is held that the process does not give back."""
+
+
+def largest_possible(entry: PlanEntry, largest: list[float]) -> float:
+    """An upper bound on the magnitude of the merged values, given those of the inputs."""
+    if entry.method == "task_arithmetic":
+        base, tuned = largest[0], largest[1:]
+        moved = [abs(w) * (x + base) for w, x in zip(entry.weights, tuned, strict=True)]
+        return 1.01 * (base + math.fsum(moved))
+    if entry.method == "linear":
+        return 1.01 * math.fsum(abs(w) * x for w, x in zip(entry.weights, largest, strict=True))
+    return max(largest)
+
+
+def check_vllm_version(version: str) -> None:
+    """Raises EvomergeError unless `version` is one that this file was tested with."""
+    if not Version(TESTED[0]) <= Version(Version(version).base_version) < Version(TESTED[1]):
+        raise EvomergeError(
+            f"evomerge was tested with vLLM from {TESTED[0]} up to before {TESTED[1]}, this is "
+            f"{version}: install one of those (pip install 'vllm>={TESTED[0]},<{TESTED[1]}')"
+        )
+
+
+def declared_models(additional_config: object, environment: Mapping[str, str]) -> list[str]:
+    """The source directories that the engine's owner declared at its start."""
+    names = list(_own_settings(additional_config).get("models", []))
+    return names + [name for name in environment.get(MODELS_VARIABLE, "").split(os.pathsep) if name]
+
+
+def memory_budget(additional_config: object) -> dict[str, int]:
+    """How many bytes of sources each worker may keep on its GPU and in pinned host memory."""
+    settings = _own_settings(additional_config)
+    return {name: int(settings.get(name, 0)) for name in ("device_bytes", "pinned_bytes")}
+
+
+def _own_settings(additional_config: object) -> dict[str, Any]:
+    if not isinstance(additional_config, Mapping):
+        return {}
+    return dict(additional_config.get("evomerge") or {})
+
+
+def unpack_cpu_layers(model: torch.nn.Module) -> None:
+    """Gives every CPU layer its plain weight back, uninitialised, and a plain matrix product.
+
+    vLLM's CPU layers hand their weight to a packed copy after loading and keep an empty parameter:
+    a write into it would be without effect. Unpacked, generation runs at about 0.8 of the speed,
+    and a switch costs its memory traffic only instead of 20 copies' time for packing again.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    layer: Any  # vLLM's layers have a weight, a bias and the matrix product that is to use them
+    for layer in model.modules():
+        if not hasattr(layer, "cpu_linear"):
+            continue
+        if layer.weight.numel() == 0:
+            recorded = get_layerwise_info(layer).restore_metadata[0]["weight"]
+            weight = materialize_meta_tensor(restore_layer_refs(recorded, layer))
+            layer.register_parameter("weight", weight)
+        if getattr(layer, "bias", None) is not None:  # packing widens it to float32
+            layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+        layer.cpu_linear = torch.nn.functional.linear
+
+
+def trace_loading(model: Any, checkpoint: Checkpoint) -> list[Destination]:
+    """Loads `checkpoint` with the model's own loader and records which part went where.
+
+    So fused projections, tensor-parallel shards, experts and renamings are as vLLM resolves them.
+    Raises EvomergeError where a parameter was not filled by plain copies of checkpoint tensors.
+    """
+    recorder = _CopyRecorder()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in checkpoint.tensors:
+            tensor = checkpoint.read(name)
+            recorder.offer(name, tensor)
+            yield name, tensor
+
+    with recorder, torch.no_grad():
+        model.load_weights(tensors())
+    if recorder.untraced:
+        raise EvomergeError(
+            f"{type(model).__name__} computes {', '.join(sorted(recorder.untraced)[:3])} while it "
+            "loads; such a model cannot be merged live (use `engine: {load: disk}`)"
+        )
+    return recorder.destinations
+
+
+class _CopyRecorder(TorchDispatchMode):
+    """Records every copy from an offered tensor, or a view of one, while it is carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.destinations: list[Destination] = []
+        self.untraced: set[str] = set()
+        self._offered: tuple[str, Tensor] | None = None
+
+    def offer(self, name: str, tensor: Tensor) -> None:
+        """Says that the copies from now on come from `tensor`."""
+        self._offered = (name, tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self._record(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, into: Tensor, source: Tensor) -> None:
+        assert self._offered is not None
+        name, tensor = self._offered
+        distance = source.data_ptr() - tensor.data_ptr()
+        inside = 0 <= distance < tensor.numel() * tensor.element_size()
+        if not inside or source.dtype != tensor.dtype or source.shape != into.shape:
+            self.untraced.add(name)
+            return
+        part = View(tuple(source.shape), source.stride(), distance // tensor.element_size())
+        self.destinations.append(Destination(name, part, into.detach()))

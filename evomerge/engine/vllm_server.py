@@ -1,0 +1,160 @@
+"""A running vLLM server as an engine: the same recipes, sent over HTTP.
+
+The server is an ordinary one, started in an environment with evomerge installed, with
+`--weight-transfer-config '{"backend": "evomerge"}'`, its sources in EVOMERGE_MODELS, and
+VLLM_SERVER_DEV_MODE=1. Those routes have no key: let it listen on loopback only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.planning import Planner, update_message
+from evomerge.engine.tokenizer import Tokenizer
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError
+from evomerge.recipe import Recipe
+
+LONGEST_REQUEST_SECONDS = 3600.0
+
+
+class VLLMServer(Engine):
+    """The vLLM server at `config.url`; `config.model` is the directory that it serves.
+
+    Batches form by arrival, so greedy answers may differ a little between identical requests.
+    """
+
+    name = "vllm"
+
+    def __init__(self, config: EngineConfig) -> None:
+        assert config.url is not None
+        self.config = config
+        self.planner = Planner(config.model, config.sources, config.dtype)
+        self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        timeout = httpx.Timeout(LONGEST_REQUEST_SECONDS, connect=10.0)
+        self._http = httpx.Client(base_url=config.url, timeout=timeout)
+        self._served = self._first_contact()
+        self._version = "default"
+
+    def _first_contact(self) -> dict[str, Any]:
+        try:
+            models = self._http.get("/v1/models").raise_for_status().json()["data"]
+            self._post("/init_weight_transfer_engine", init_info={"models": self._sources()})
+        except (httpx.HTTPError, EngineDiedError) as error:
+            raise ConfigError(
+                f"engine: url: {self.config.url}: {error}; start the server with evomerge "
+                "installed, VLLM_SERVER_DEV_MODE=1, its sources in EVOMERGE_MODELS and "
+                """--weight-transfer-config '{"backend": "evomerge"}'"""
+            ) from error
+        return dict(models[0])
+
+    def _sources(self) -> list[str]:
+        return [self.config.model, *self.config.sources]
+
+    def supports(self, recipe: Recipe) -> str | None:
+        return self.planner.obstacle(self.planner.plan(recipe))
+
+    def load(self, recipe: Recipe) -> Loaded:
+        start = time.perf_counter()
+        plan = self.planner.plan(recipe)
+        if obstacle := self.planner.obstacle(plan):
+            raise ConfigError(
+                f"the server at {self.config.url} cannot become this model: {obstacle}"
+            )
+        self._post("/start_weight_update")
+        self._post("/update_weights", update_info=update_message(recipe, plan))
+        self._post("/finish_weight_update", weight_version=plan.digest)
+        self._post("/reset_prefix_cache")
+        self._version = plan.digest
+        return Loaded(plan.digest, "live", time.perf_counter() - start)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self.tokenizer.render(messages)
+
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.has_chat_template
+
+    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._served["max_model_len"])
+
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+    ) -> list[Completion]:
+        choices = self._complete(
+            prompts,
+            add_special_tokens,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop=list(settings.stop),
+            seed=settings.seed,
+            return_token_ids=True,
+        )
+        return [
+            Completion(
+                text=choice["text"],
+                token_ids=tuple(choice["token_ids"]),
+                finish_reason=choice["finish_reason"],
+                prompt_tokens=len(choice["prompt_token_ids"]),
+                version=self._version,
+            )
+            for choice in choices
+        ]
+
+    def log_probabilities(
+        self, prompts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[float]]:
+        choices = self._complete(
+            prompts,
+            add_special_tokens,
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            return_token_ids=True,
+        )
+        return [
+            [
+                float(position[str(token)]["logprob"])
+                for token, position in zip(
+                    choice["prompt_token_ids"], choice["prompt_logprobs"], strict=True
+                )
+                if position is not None
+            ]
+            for choice in choices
+        ]
+
+    def _complete(
+        self, prompts: Sequence[str], add_special_tokens: bool, **request: Any
+    ) -> list[dict[str, Any]]:
+        """The choices for `prompts`, in their order, all written by the present candidate."""
+        ids = [self.tokenizer.encode(p, add_special_tokens=add_special_tokens) for p in prompts]
+        answer = self._post("/v1/completions", model=self._served["id"], prompt=ids, **request)
+        version = self._http.get("/weight_info").json()["weight_version"]
+        if version != self._version:
+            raise EngineDiedError(
+                f"{self.config.url} was switched to {version} by somebody else while it wrote "
+                f"answers for {self._version}"
+            )
+        return sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+
+    def _post(self, route: str, **body: Any) -> Any:
+        try:
+            response = self._http.post(route, json=body)
+        except httpx.HTTPError as error:
+            raise EngineDiedError(f"{self.config.url}{route}: {error!r}") from error
+        if response.is_success:
+            return response.json() if response.content else None
+        if "NaN or infinite" in response.text:
+            raise CandidateError(response.text)
+        raise EngineDiedError(f"{self.config.url}{route}: {response.status_code} {response.text}")
+
+    def close(self) -> None:
+        self._http.close()
