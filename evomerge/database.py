@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import sqlalchemy as sql
 from sqlalchemy.exc import DatabaseError, DBAPIError, NoSuchModuleError
@@ -39,6 +40,8 @@ _NETWORK_FILE_SYSTEMS: tuple[str, ...] = (
 )
 _NETWORK_FILE_SYSTEMS += ("lustre", "gpfs", "beegfs", "glusterfs", "fuse.sshfs", "fuse.s3fs")
 _NETWORK_FILE_SYSTEMS += ("fuse.glusterfs", "fuse.gcsfuse", "fuse.juicefs")
+
+Database: TypeAlias = sql.Engine
 
 metadata = sql.MetaData()
 
@@ -100,7 +103,7 @@ grades = sql.Table(
 )
 
 
-def open_database(directory: Path, url: str | None = None) -> sql.Engine:
+def open_database(directory: Path, url: str | None = None) -> Database:
     """The database of storage `directory`, or the one at `url`, with the tables of this version.
 
     Raises ConfigError where it cannot be written or reached, where a newer version wrote it, or
@@ -161,7 +164,7 @@ def stops_the_run(where: str) -> Iterator[None]:
         ) from error
 
 
-def _sqlite_engine(directory: Path) -> sql.Engine:
+def _sqlite_engine(directory: Path) -> Database:
     path = directory / FILE_NAME
     engine = sql.create_engine(
         sql.URL.create("sqlite", database=str(path)), connect_args={"timeout": _BUSY_SECONDS}

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sql
 
-from evomerge.database import events, stops_the_run, studies
+from evomerge.database import Database, events, stops_the_run, studies
 from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import UnitKey, grades_by_candidate, record
 from evomerge.evaluate.suite import TaskResult
@@ -63,9 +63,13 @@ def begun(payload: Payload) -> Event:
     return Event("begun", payload, once="begun")
 
 
-def opened(*, trials: int, asked_trials: int, process: str) -> Event:
-    """A process took the study up, for `trials` in total; the study's file said `asked_trials`."""
-    return Event("opened", {"trials": trials, "asked_trials": asked_trials, "process": process})
+def opened(*, trials: int, asked_trials: int, process: str, engine_start: float) -> Event:
+    """A process took the study up, for `trials` in total; the study's file said `asked_trials`.
+
+    `engine_start` are the seconds until the engine could take a candidate.
+    """
+    payload = {"trials": trials, "asked_trials": asked_trials, "process": process}
+    return Event("opened", {**payload, "engine_start": round(engine_start, 3)})
 
 
 def generation(block: int, genomes: Mapping[int, Sequence[float]]) -> list[Event]:
@@ -167,6 +171,7 @@ class History:
 
     def _on_opened(self, payload: Payload) -> None:
         self.opened, self.finished, self.stopped = payload, None, None
+        self._spend({"engine": payload["engine_start"]})
 
     def _on_generation(self, payload: Payload) -> None:
         self.generations[payload["block"]] = list(payload["numbers"])
@@ -215,7 +220,7 @@ class History:
 class EventLog:
     """One study's log in a database; `history` is always what has been written so far."""
 
-    def __init__(self, database: sql.Engine, name: str) -> None:
+    def __init__(self, database: Database, name: str) -> None:
         """Reads the events of study `name`; a study without any is made by the first `append`."""
         self.name = name
         self._database = database
@@ -244,12 +249,12 @@ class EventLog:
             # Through JSON, so that a run goes on from exactly what a resumed one reads.
             self.history.apply(event.kind, json.loads(_to_json(event.payload)))
 
-    def grades(self) -> Mapping[str, dict[str, float | None]]:
-        """candidate -> task -> grade, of all that the study measured."""
+    def grades(self, candidates: Sequence[str]) -> Mapping[str, dict[str, float | None]]:
+        """candidate -> task -> grade, of these candidates."""
         if self._study_id is None:
             return {}
         with self._database.connect() as connection:
-            return grades_by_candidate(connection, self._study_id)
+            return grades_by_candidate(connection, self._study_id, candidates)
 
     def close(self) -> None:
         """Lets go of the database."""
@@ -282,7 +287,7 @@ class EventLog:
             record(connection, study_id, _key(inserted), event.unit, event.results)
 
 
-def study_names(database: sql.Engine) -> list[str]:
+def study_names(database: Database) -> list[str]:
     """The names of all studies in a database, oldest first."""
     with database.connect() as connection:
         return list(connection.scalars(sql.select(studies.c.name).order_by(studies.c.id)))

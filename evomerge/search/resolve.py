@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evomerge.database import check_writable
+from evomerge.engine import vllm_is_installed
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import Suite, Task, load_suite, split_holdout
 from evomerge.merge.architecture import layer_count
@@ -81,7 +82,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     )
     # Plans the merge once: models that do not fit together are found before an engine starts.
     make_plan(space.decode(space.uniform(1 / len(models))), checkpoints)
-    study = ResolvedStudy(
+    return ResolvedStudy(
         config=config,
         storage=storage,
         base=base,
@@ -91,11 +92,9 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
         search_tasks=tuple(search),
         holdout_tasks=tuple(holdout),
         fingerprint=_fingerprint(
-            config, suite, {name: found.fingerprint() for name, found in checkpoints.items()}
+            config, space, suite, [found.fingerprint() for found in checkpoints.values()]
         ),
     )
-    check_budget(config, study.population, config.budget.trials)
-    return study
 
 
 def check_budget(config: StudyConfig, population: int, trials: int) -> None:
@@ -147,24 +146,39 @@ def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:
         raise ConfigError(f"{config.where}: {error}") from error
 
 
-def _fingerprint(config: StudyConfig, suite: Suite, sources: Mapping[str, str]) -> dict[str, str]:
-    """Everything that decides a search, by the name a user knows it under."""
+def _fingerprint(
+    config: StudyConfig, space: SearchSpace, suite: Suite, sources: Sequence[str]
+) -> dict[str, str]:
+    """Everything that decides a search, by the name a user knows it under; defaults filled in."""
     mapping = config.to_mapping()
-    for harmless in ("study", "budget", "storage", "suite"):
-        mapping.pop(harmless, None)
+    for other in ("study", "budget", "storage", "suite"):
+        mapping.pop(other, None)
     for option in _HARMLESS_OPTIONS:
         mapping["engine"].pop(option, None)
+    mapping["engine"]["name"] = engine_name(config.engine.name)
+    mapping["search_space"]["weight"] = space.config.bounds
+    mapping["sampler"]["name"] = "cma-es"
+    mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))
     parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]
     names = ["base_model", *(f"models.{index}" for index in range(len(config.models)))]
-    for name, digest in zip(names, sources.values(), strict=True):
-        parts[f"{name} (its files)"] = hashlib.sha256(digest.encode()).hexdigest()[:16]
+    for name, source in zip(names, sources, strict=True):
+        parts[f"{name} (its files)"] = hashlib.sha256(source.encode()).hexdigest()[:16]
     return parts
 
 
-def _flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def engine_name(asked: str) -> str:
+    """The engine that serves a study: for "auto" vLLM if it is installed, else transformers."""
+    if asked != "auto":
+        return asked
+    return "vllm" if vllm_is_installed() else "transformers"
+
+
+def _flattened(mapping: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield from _flattened(dict(enumerate(value)), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)

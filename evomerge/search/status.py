@@ -19,7 +19,7 @@ from evomerge.search.candidates import (
 )
 from evomerge.search.log import EventLog, History, Part, require_study, trial_label
 from evomerge.search.storage import is_held, open_log, stored_names
-from evomerge.search.study import study_directory
+from evomerge.search.study import StudyConfig, study_directory, study_from_mapping
 
 Source: TypeAlias = Literal["trial", "mean", "model", "uniform"]
 BEST_FILE = "best_config.yaml"
@@ -183,6 +183,18 @@ def baseline_recipes(storage: Path, name: str) -> Mapping[str, Recipe]:
     log.close()
     space = space_from_mapping(require_study(log, storage)["space"])
     return {candidate.label: candidate.recipe for candidate in baselines(space)}
+
+
+def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> StudyConfig:
+    """The study as it was last asked for. Raises ConfigError where there is none of this name."""
+    log = _existing_log(storage, name)
+    log.close()
+    begun, opened = require_study(log, storage), log.history.opened or {}
+    asked = dict(begun["study"])
+    asked["budget"] = {"trials": opened.get("asked_trials", asked["budget"]["trials"])}
+    return study_from_mapping(
+        asked, where=f"study {name}", folder=Path(begun["folder"]), trust_code=trust_code
+    )
 
 
 def _existing_log(storage: Path, name: str) -> EventLog:

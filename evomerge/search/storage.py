@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 import socket
-import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,28 +129,34 @@ def write_study_file(directory: Path, begun: Mapping[str, Any]) -> None:
 
 
 def _lock(handle: int, directory: Path) -> None:
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        owner = _owner(directory)
-        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-        raise ConfigError(
-            f"study {directory.name}: {who} is at work on it ({directory / _LOCK}); "
-            "wait for it or end it, then start again"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{directory / _LOCK}: this file system cannot lock files: {error.strerror}; "
-            "put the storage on one that can"
-        ) from error
+    # More than one attempt: `is_held`, in another process, takes the lock for a moment.
+    for wait in (0.05, 0.1, 0.2, 0.0):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(wait)
+        except OSError as error:
+            raise ConfigError(
+                f"{directory / _LOCK}: this file system cannot lock files: {error.strerror}; "
+                "put the storage on one that can"
+            ) from error
+        else:
+            return
+    owner = _owner(directory)
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    raise ConfigError(
+        f"study {directory.name}: {who} is at work on it (it holds {directory / _LOCK}); "
+        "wait for it or end it, then start again"
+    )
 
 
 def _is_locked(handle: int) -> bool:
-    """Whether another process holds the lock on a file; the question takes nothing."""
-    # struct flock as Python's fcntl hands it to the C library: type, whence, start, length, pid.
-    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    answer = fcntl.fcntl(handle, fcntl.F_GETLK, question)
-    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    """Whether another process holds the lock on a file (by taking a shared one for a moment)."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def _this_process() -> dict[str, Any]:

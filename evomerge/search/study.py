@@ -175,6 +175,11 @@ class StudyConfig(_Strict):
         """The file, for messages."""
         return self._where
 
+    def with_seed(self, seed: int) -> StudyConfig:
+        """The same study with another seed of its sampler."""
+        sampler = self.sampler.model_copy(update={"seed": seed})
+        return self.model_copy(update={"sampler": sampler})
+
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, from which `study_from_mapping` makes the same study."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,170 @@
+"""The told candidates as an Optuna study, for optuna-dashboard, importances and plots.
+
+Write-only: nothing of the search is ever read back from it. It follows from the log; what is
+behind it (after a kill, or a deleted file) is written anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+Grades = Mapping[str, Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class MirroredTrial:
+    """A told candidate: its weights as decoded (clipped) and as drawn, and how it ended."""
+
+    number: int
+    label: str
+    generation: int
+    weights: Sequence[float]
+    genome: Sequence[float]
+    score: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class MirroredSpace:
+    """The names of the genes and their bounds."""
+
+    genes: Sequence[str]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+class Mirror:
+    """Writes trials to the journal `path` in a thread of its own, out of the search's way.
+
+    `read_grades` gives task grades by candidate label. A mirror that cannot be written is said
+    once and given up: the search does not need it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        space: MirroredSpace,
+        read_grades: Callable[[Sequence[str]], Grades],
+        say: Callable[[str], None],
+    ) -> None:
+        self._path = path
+        self._name = name
+        self._space = space
+        self._read_grades = read_grades
+        self._say = say
+        self._study: optuna.Study | None = None
+        self._given_up = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
+
+    @contextmanager
+    def running(self) -> Iterator[Mirror]:
+        """The mirror at work; all that was handed in is written when the block ends."""
+        try:
+            yield self
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def catch_up(self, told: Sequence[MirroredTrial]) -> None:
+        """Makes the journal hold exactly `told`, all that was told before."""
+        self._thread.submit(self._guarded, self._catch_up, list(told))
+
+    def add(self, trials: Sequence[MirroredTrial]) -> None:
+        """Adds a generation that was told just now."""
+        self._thread.submit(self._guarded, self._write, list(trials))
+
+    def _guarded(
+        self, write: Callable[[list[MirroredTrial]], None], trials: list[MirroredTrial]
+    ) -> None:
+        if self._given_up:
+            return
+        try:
+            write(trials)
+        # Whatever goes wrong in here is no reason to stop a search that may have cost days.
+        except Exception as error:
+            self._given_up = True
+            self._say(f"{self._path}: the mirror for Optuna is given up: {error}")
+
+    def _catch_up(self, told: list[MirroredTrial]) -> None:
+        if self._is_whole():
+            self._study = _open_study(self._path, self._name)
+            if len(self._study.get_trials(deepcopy=False)) == len(told):
+                return
+        fresh = self._path.with_name(self._path.name + ".partial")
+        fresh.unlink(missing_ok=True)
+        self._study = _open_study(fresh, self._name)
+        self._write(told)
+        fresh.replace(self._path)
+        self._study = _open_study(self._path, self._name)
+
+    def _is_whole(self) -> bool:
+        """Whether there is a journal, its last line written to the end."""
+        # Left by a killed process of this study, which nobody else writes.
+        with suppress(OSError):
+            Path(f"{self._path}.lock").unlink()
+        with suppress(OSError), self._path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read() == b"\n"
+        return False
+
+    def _write(self, trials: list[MirroredTrial]) -> None:
+        assert self._study is not None
+        grades = self._read_grades([trial.label for trial in trials])
+        for trial in trials:
+            self._study.add_trial(self._frozen(trial, grades.get(trial.label, {})))
+
+    def _frozen(
+        self, trial: MirroredTrial, grades: Mapping[str, float | None]
+    ) -> optuna.trial.FrozenTrial:
+        from optuna.distributions import FloatDistribution
+        from optuna.trial import TrialState, create_trial
+
+        space = self._space
+        attributes: dict[str, Any] = {
+            "number": trial.number,
+            "generation": trial.generation,
+            "genome": list(trial.genome),
+            "grades": dict(grades),
+        }
+        if trial.reason is not None:
+            attributes["reason"] = trial.reason
+        return create_trial(
+            state=TrialState.FAIL if trial.score is None else TrialState.COMPLETE,
+            value=trial.score,
+            params=dict(zip(space.genes, trial.weights, strict=True)),
+            distributions={
+                gene: FloatDistribution(low, high)
+                for gene, low, high in zip(space.genes, space.low, space.high, strict=True)
+            },
+            user_attrs=attributes,
+        )
+
+
+def _open_study(path: Path, name: str) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+
+    # Else it prints a line of its own for each study that it makes.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        study_name=name,
+        storage=JournalStorage(_backend(path)),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def _backend(path: Path) -> JournalFileBackend:
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    # An open lock, not the default link: file systems without symbolic links are common enough.
+    return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))

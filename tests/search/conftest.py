@@ -1,0 +1,55 @@
+"""Models and study files for the searches of these tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evomerge.search.study import StudyConfig, read_study
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and two experts of 4 layers."""
+    folder = tmp_path_factory.mktemp("models")
+    base = tiny.llama(folder / "base", layers=4, hidden=64)
+    tiny.variant(base, folder / "left", seed=1)
+    tiny.variant(base, folder / "right", seed=2)
+    return folder
+
+
+@pytest.fixture
+def study_file(models: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study file with other values for some keys, and gives its path."""
+
+    def write(name: str = "study.yaml", tasks: int = 10, **changes: Any) -> Path:
+        rows = [{"id": str(number), "input": "?", "output": "!"} for number in range(tasks)]
+        (tmp_path / "tasks.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+        study = {
+            "study": "formula",
+            "base_model": str(models / "base"),
+            "models": [str(models / "left"), str(models / "right")],
+            "search_space": {"layer_granularity": 2},
+            "sampler": {"population": 6, "seed": 3},
+            "budget": {"trials": 24},
+            "suite": {"scorer": "exact", "data": "tasks.jsonl"},
+            "engine": {"name": "transformers"},
+            "holdout": 0.3,
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({**study, **changes}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def study(study_file: Callable[..., Path]) -> Callable[..., StudyConfig]:
+    """A study as read from a file with other values for some keys."""
+    return lambda **changes: read_study(str(study_file(**changes)))
