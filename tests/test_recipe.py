@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from evomerge.errors import ConfigError
+from evomerge.recipe import (
+    Recipe,
+    parse_recipe,
+    read_recipe,
+    recipe_from_mapping,
+    resolve,
+    resolve_bool,
+    resolve_float,
+)
+
+SHARED = Path(os.environ.get("EVOMERGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+PUBLISHED = SHARED / "published" / "llm-jp-3-13b_task_arithmetic.yaml"
+
+# The published file in small: the same keys, order and style, invented numbers.
+LIKE_PUBLISHED = """\
+base_model: ../models/base_2129051778
+dtype: bfloat16
+merge_method: task_arithmetic
+parameters:
+  int8_mask: 1.0
+  normalize: 0.0
+slices:
+- sources:
+  - layer_range: [0, 2]
+    model: ../models/expert_3918994333
+    parameters:
+      weight: 1.2951159694588346
+  - layer_range: [0, 2]
+    model: ../models/base_2129051778
+- sources:
+  - layer_range: [2, 4]
+    model: ../models/expert_3918994333
+    parameters:
+      weight: -0.06282170464180561
+  - layer_range: [2, 4]
+    model: ../models/base_2129051778
+"""
+
+
+def without_comments(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+
+
+def one_slice(**changes: object) -> dict[str, object]:
+    sources = [
+        {"model": "expert", "layer_range": [0, 2], "parameters": {"weight": 0.5}},
+        {"model": "base", "layer_range": [0, 2]},
+    ]
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [{"sources": sources}],
+    } | changes
+
+
+def message(mapping: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_mapping(mapping, "recipe.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED} is not here")
+def test_the_published_recipe_is_written_back_byte_for_byte() -> None:
+    assert read_recipe(PUBLISHED).to_yaml() == without_comments(PUBLISHED.read_text())
+
+
+def test_a_recipe_of_the_published_shape_is_written_back_byte_for_byte() -> None:
+    assert parse_recipe(LIKE_PUBLISHED, "recipe.yaml").to_yaml() == LIKE_PUBLISHED
+
+
+def test_a_recipe_survives_json() -> None:
+    recipe = parse_recipe(LIKE_PUBLISHED, "recipe.yaml")
+    assert recipe_from_mapping(json.loads(json.dumps(recipe.to_mapping())), "message") == recipe
+
+
+def test_every_float64_survives_yaml_to_the_last_bit() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**64, size=2000, dtype=np.uint64)
+    drawn = [float(number) for number in bits.view(np.float64) if math.isfinite(number)]
+    numbers = [0.0, -0.0, 1.0, 0.1, 1e-05, 1e16, 1e22, 5e-324, 1.7976931348623157e308, *drawn]
+    recipe = recipe_from_mapping(
+        {"merge_method": "linear", "models": [{"model": "m", "parameters": {"weight": numbers}}]},
+        "made here",
+    )
+    again = parse_recipe(recipe.to_yaml(), "written").models
+    assert again is not None
+    read = again[0].parameters["weight"]
+    assert isinstance(read, list)
+    assert [struct.pack("d", number) for number in read] == [
+        struct.pack("d", number) for number in numbers
+    ]
+
+
+def test_the_order_of_a_mapping_does_not_depend_on_how_it_was_written() -> None:
+    keys = list(recipe_from_mapping(one_slice(dtype="float32"), "a").to_mapping())
+    turned = dict(reversed(one_slice(dtype="float32").items()))
+    assert list(recipe_from_mapping(turned, "b").to_mapping()) == keys
+
+
+def test_long_names_and_shared_objects_are_written_plainly() -> None:
+    shared = [0.1, 0.2]
+    name = "a model with spaces " * 20 + "ümläut"
+    mapping = {
+        "merge_method": "linear",
+        "models": [
+            {"model": name, "parameters": {"weight": shared}},
+            {"model": "other", "parameters": {"weight": shared}},
+        ],
+    }
+    text = recipe_from_mapping(mapping, "made here").to_yaml()
+    assert yaml.safe_load(text) == mapping
+    assert "&" not in text
+    assert name in text
+
+
+def test_models_are_named_base_first_then_as_mentioned() -> None:
+    recipe = recipe_from_mapping(one_slice(), "made here")
+    assert recipe.model_names() == ("base", "expert")
+
+
+def test_models_are_renamed_wherever_they_stand() -> None:
+    mapping = one_slice()
+    assert isinstance(mapping["slices"], list)
+    mapping["slices"][0]["base_model"] = "base"
+    renamed = recipe_from_mapping(mapping, "a").with_models({"base": "/b", "expert": "/e"})
+    assert renamed.model_names() == ("/b", "/e")
+    assert "base_model: base" not in renamed.to_yaml()
+    assert renamed.with_models({"/b": "base", "/e": "expert"}).to_mapping() == mapping
+
+
+@pytest.mark.parametrize(
+    ("setting", "depth", "value"),
+    [
+        (0.5, 0.7, 0.5),
+        ("1e-1", 0.0, 0.1),
+        (True, 0.0, 1.0),
+        ("true", 0.0, 1.0),
+        ([0.0, 1.0, 5.0], 0.0, 0.0),
+        ([0.0, 1.0, 5.0], 0.25, 0.5),
+        ([0.0, 1.0, 5.0], 0.75, 3.0),
+        ([0.0, 1.0, 5.0], 1.0, 5.0),
+        ([True, 0.0], 0.5, 0.5),
+        (["1e-1", 0.3], 0.5, 0.2),
+        ([7], 0.3, 7.0),
+        ({"filter": "mlp", "value": 2}, 0.0, 2.0),
+        ({"filter": "self_attn", "value": 2}, 0.0, None),
+        ([{"filter": "self_attn", "value": 1}, {"filter": "up", "value": 2}], 0.0, 2.0),
+        ([{"filter": "mlp", "value": 1}, {"filter": "up", "value": 2}], 0.0, 1.0),
+        ([{"filter": "x", "value": 1}, {"value": 3}], 0.0, 3.0),
+        ([{"filter": "*", "value": [1, 3]}, {"value": 3}], 0.5, 2.0),
+        ([{"filter": None, "value": 4}], 0.0, 4.0),
+        ([], 0.0, None),
+    ],
+)
+def test_a_setting_is_read_as_mergekit_reads_it(
+    setting: object, depth: float, value: float | None
+) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    resolved = resolve_float([{"weight": setting}], "weight", name, depth)
+    assert resolved == (None if value is None else pytest.approx(value, abs=1e-15))
+
+
+def test_the_first_level_that_yields_a_value_wins() -> None:
+    levels = [{"weight": [{"filter": "mlp", "value": 1.0}]}, {}, {"weight": [2.0, 4.0]}]
+    assert resolve(levels, "weight", "mlp.up_proj", 0.5) == 1.0
+    assert resolve(levels, "weight", "self_attn.q_proj", 0.5) == 3.0
+    assert resolve(levels, "density", "mlp.up_proj", 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [(True, True), (0, False), (1.0, True), ("off", False), ([True, False], True), (None, None)],
+)
+def test_flags_are_read_from_numbers_and_words(setting: object, flag: bool | None) -> None:
+    assert resolve_bool([{"normalize": setting}], "normalize", "name", 0.9) is flag
+
+
+def test_a_flag_that_is_neither_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"normalize: 0\.5 is neither true nor false"):
+        resolve_bool([{"normalize": 0.5}], "normalize", "name", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"merge_methd": "linear"}, "merge_methd: unknown key; did you mean 'merge_method'?"),
+        ({"merge_method": "task_aritmetic"}, "did you mean 'task_arithmetic'?"),
+        ({"parameters": {"wieght": 1}}, "unknown parameter 'wieght'; did you mean 'weight'?"),
+        ({"parameters": {"weight": "abc"}}, "weight: 'abc' is not a number"),
+        ({"parameters": {"weight": None}}, "weight: None is not a number"),
+        ({"parameters": {"weight": [1, {"value": 2}]}}, "not both"),
+        ({"parameters": {"weight": [{"fliter": "a", "value": 2}]}}, "did you mean 'filter'?"),
+        ({"parameters": {"weight": {"filter": "a"}}}, "has no value"),
+        ({"parameters": {"weight": {"filter": 3, "value": 1}}}, "filter 3 should be a string"),
+        ({"parameters": {"weight": {"value": [[1]]}}}, "[1] is not a number"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' is no dtype of a merge; one of bfloat16,"),
+        ({"tokenizer_source": "union"}, "tokenizer_source: 'union' is not supported yet"),
+        ({"modules": {}}, "modules: not supported yet"),
+        ({"models": [{"model": "a"}]}, "either models or slices"),
+        ({"slices": []}, "slices: Tuple should have at least 1 item"),
+        ({"base_model": None}, "task_arithmetic needs a base_model"),
+        ({"base_model": "other"}, "slices.0: base_model other must be one of the sources"),
+        ({"merge_method": "passthrough"}, "passthrough takes exactly one source"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_be_right(changes: dict[str, object], said: str) -> None:
+    described = message(one_slice(**changes))
+    assert described.startswith("recipe.yaml: ")
+    assert said in described
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"model": "e", "layer_range": [2, 2]}, "slices.0.sources.0: layer_range [2, 2] has no"),
+        ({"model": "e", "layer_range": [-1, 2]}, "slices.0.sources.0.layer_range.0: "),
+        ({"model": "e", "layer_range": [0, 2.5]}, "slices.0.sources.0.layer_range.1: "),
+        ({"model": "e", "layer_range": [0, 3]}, "must have as many layers; here: e [0, 3], base"),
+        ({"model": "base", "layer_range": [0, 2]}, "base is listed twice"),
+        ({"model": "e"}, "slices.0.sources.0.layer_range: is missing"),
+        (
+            {"model": "e", "layer_rnge": [0, 2]},
+            "layer_rnge: unknown key; did you mean 'layer_range'",
+        ),
+        ({"model": {"path": "e"}, "layer_range": [0, 2]}, "slices.0.sources.0.model: "),
+    ],
+)
+def test_a_mistake_in_a_source_is_named_by_its_place(source: dict[str, object], said: str) -> None:
+    base = {"model": "base", "layer_range": [0, 2]}
+    assert said in message(one_slice(slices=[{"sources": [source, base]}]))
+
+
+def test_all_mistakes_of_a_file_are_told_at_once() -> None:
+    lines = message(one_slice(dtype="int8", tokenizer_source="x", frobnicate=1)).splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "dtype",
+        "tokenizer_source",
+        "frobnicate",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", ""])
+def test_what_is_no_recipe_at_all_is_refused_by_its_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^some\.yaml: "):
+        parse_recipe(text, "some.yaml")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
+        read_recipe(tmp_path / "absent.yaml")
+
+
+def test_a_recipe_cannot_be_edited() -> None:
+    recipe = Recipe.model_validate(one_slice())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.dtype = "float32"  # type: ignore[misc]
