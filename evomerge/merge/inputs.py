@@ -7,23 +7,23 @@ kept in `<storage>/input_models/<name>_<hash>`, named by its content.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint, published
-from evomerge.merge.lora import apply_adapter
+from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
 
-HUB_SECONDS = 10.0
+HUB_SECONDS = 8.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -32,6 +32,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 HUB_FILE = re.compile(r"[^/]+\.(safetensors|json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
 
 _ORIGIN = "evomerge_origin.json"
+
+
+class HubUnreachableError(ConfigError):
+    """The hub gave no answer, whether or not it has the model."""
 
 
 def _silent(message: str) -> None:
@@ -44,13 +48,15 @@ class InputModels:
 
     `folder` is where relative paths start (that of the study file); `storage` holds
     `input_models/`; `dtype` is that of models made from GGUF files; `say` is told, in one line
-    each, what takes its time.
+    each, what takes its time. A hub that did not answer within `hub_seconds` is not asked again.
     """
 
     storage: Path
     folder: Path = Path()
     dtype: str = "bfloat16"
     say: Callable[[str], None] = _silent
+    hub_seconds: float = HUB_SECONDS
+    _unreachable: list[HubUnreachableError] = field(default_factory=list, repr=False, compare=False)
 
     def resolve(self, reference: str) -> Path:
         """The absolute folder of safetensors that `reference` means; see the module's docstring.
@@ -87,8 +93,8 @@ class InputModels:
     def _adapter(self, reference: str) -> Path:
         path = self._path(reference)
         folder = path if path.is_dir() else self._snapshot(reference, what="adapter")
-        if not (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{folder}: not a LoRA adapter: adapter_config.json is missing")
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ConfigError(f"{folder}: not a LoRA adapter: {ADAPTER_CONFIG} is missing")
         return folder
 
     def _kept(self, name: str, content: str) -> Path:
@@ -102,14 +108,14 @@ class InputModels:
         kept = self._kept(f"{_bare(model.name)}+{_bare(adapter.name)}", content)
         if not kept.is_dir():
             self.say(f"applying {adapter.name} to {model.name} (kept in {kept})")
-            apply_adapter(model, adapter, kept, dtype=None)
+            apply_adapter(model, adapter, kept)
         return kept
 
     def _dequantised(self, path: Path) -> Path:
         kept = self._kept(path.stem, _file_digest(path) + self.dtype)
         if not kept.is_dir():
             self.say(f"de-quantising {path.name} to {self.dtype} (kept in {kept})")
-            with _usable(kept) as partial:
+            with published(kept) as partial:
                 _dequantise(path, partial, self.dtype)
         return kept
 
@@ -121,14 +127,22 @@ class InputModels:
             )
         name, _, revision = reference.partition("@")
         try:
-            commit, files = _ask_hub(name, revision or None)
-        except ConfigError:
+            commit, files = self._ask_hub(name, revision or None)
+        except HubUnreachableError as error:
+            self._unreachable.append(error)
             kept = self._known_snapshot(reference)
             if kept is None:
                 raise
             self.say(f"{reference}: the hub does not answer; using {kept}")
             return kept
         return self._download(reference, name, commit, files)
+
+    def _ask_hub(self, name: str, revision: str | None) -> tuple[str, list[str]]:
+        if self._unreachable:
+            raise HubUnreachableError(
+                f"{name}: not a folder here, and the hub did not answer before"
+            )
+        return _ask_hub(name, revision, self.hub_seconds)
 
     def _known_snapshot(self, reference: str) -> Path | None:
         """The newest folder that an earlier download of `reference` left; None without one."""
@@ -144,7 +158,7 @@ class InputModels:
             return kept
         self.say(f"fetching {name} at {commit[:12]} ({len(files)} files)")
         cached = _fetch(name, commit, files)
-        with _usable(kept, overwrite=True) as partial:
+        with published(kept, overwrite=True) as partial:
             for file in files:
                 (partial / file).symlink_to((cached / file).resolve())
             origin = {"reference": reference, "commit": commit}
@@ -167,17 +181,6 @@ def _check_has_tokenizer(model: Path) -> None:
         )
 
 
-@contextmanager
-def _usable(directory: Path, overwrite: bool = False) -> Iterator[Path]:
-    """`published`, with a folder that cannot be made or filled told as what the user can mend."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with published(directory, overwrite=overwrite) as partial:
-            yield partial
-    except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written: {error}") from error
-
-
 def _dequantise(path: Path, out: Path, dtype: str) -> None:
     """Writes the GGUF file's model and tokenizer to `out`, by transformers' own reading of it."""
     try:
@@ -189,23 +192,31 @@ def _dequantise(path: Path, out: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
+    quantised = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
     )
+    # transformers refuses to save a model that it read from GGUF, so a plain one takes its weights.
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
 
 
-def _ask_hub(name: str, revision: str | None) -> tuple[str, list[str]]:
+def _ask_hub(name: str, revision: str | None, seconds: float) -> tuple[str, list[str]]:
     """The commit that `revision` is, and the files of it that a model needs."""
     from huggingface_hub import HfApi
 
     def ask() -> tuple[str, list[str]]:
-        info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+        info = HfApi().model_info(name, revision=revision, timeout=seconds)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         return str(info.sha), [file for file in files if HUB_FILE.fullmatch(file)]
 
-    commit, files = _hub_call(name, ask, seconds=HUB_SECONDS)
+    commit, files = _hub_call(name, lambda: _within(seconds, ask))
     if not any(file.endswith(".safetensors") for file in files):
         raise ConfigError(f"{name}: this hub repository has no safetensors; nothing else is read")
     return commit, files
@@ -216,28 +227,34 @@ def _fetch(name: str, commit: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
-        _hub_call(
-            name,
-            lambda: snapshot_download(name, revision=commit, allow_patterns=files),
-            seconds=None,
-        )
+        _hub_call(name, lambda: snapshot_download(name, revision=commit, allow_patterns=files))
     )
 
 
-def _hub_call(name: str, call: Callable[[], Result], seconds: float | None) -> Result:
+def _hub_call(name: str, call: Callable[[], Result]) -> Result:
     """What `call` returns; any failure of it as a ConfigError that names the repository."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        return _within(seconds, call)
-    # The hub client's errors are those of its transport (requests, httpx), which changes.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return call()
+    except (HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(
-            f"{name}: not a folder here, and the Hugging Face hub gives no such model ({reason}); "
-            "a private or gated one needs HF_TOKEN"
+            f"{name}: not a folder here, and the Hugging Face hub has no such model for you "
+            f"({_first_line(error)}); a private or gated one needs HF_TOKEN"
+        ) from error
+    # The other errors are those of the client's transport (requests, httpx), which changes.
+    except Exception as error:
+        raise HubUnreachableError(
+            f"{name}: not a folder here, and the Hugging Face hub does not answer "
+            f"({_first_line(error)})"
         ) from error
 
 
-def _within(seconds: float | None, call: Callable[[], Result]) -> Result:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _within(seconds: float, call: Callable[[], Result]) -> Result:
     """What `call` returns; TimeoutError after `seconds`, even where it hangs in a name look-up."""
     results: list[Result] = []
     errors: list[Exception] = []

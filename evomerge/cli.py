@@ -1,0 +1,363 @@
+"""The command line: parse, call, print. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.errors import ConfigError, EvomergeError, OutputExistsError
+from evomerge.resources import PresetKind, data_root, preset_names
+
+if TYPE_CHECKING:
+    from evomerge.report.export import Results
+    from evomerge.search.study import StudyConfig
+
+INTERRUPTED = 130
+STORAGE_VARIABLE = "EVOMERGE_STORAGE"
+DEFAULT_STORAGE = "evol_merge_storage"
+
+app = typer.Typer(
+    help="Search for the best merge of language models, inside a live vLLM engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+presets_app = typer.Typer(
+    help="The searches and suites that ship with evomerge.", rich_markup_mode=None
+)
+app.add_typer(presets_app, name="presets")
+
+StorageOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help=f"Where studies are kept; else ${STORAGE_VARIABLE}, else ./{DEFAULT_STORAGE}.",
+    ),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there already.")
+]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
+TrialsOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="A new total of trials.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Let the study set engine options beyond harmless ones."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    try:
+        app(list(arguments) if arguments is not None else None, prog_name="evomerge")
+    except EvomergeError as error:
+        _say(f"error: {error}")
+        return error.exit_status
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+@app.command()
+def search(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY.yaml|PRESET", help="A study file, or a preset's name.")
+    ],
+    *,
+    storage: StorageOption = None,
+    trials: TrialsOption = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="The seed, instead of the file's.")
+    ] = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Run a study, or go on where it stopped."""
+    from evomerge.search.study import read_study
+
+    config = read_study(study, trust_code=trust_code)
+    _run(config, storage_directory(storage, config.storage.directory), trials, seed)
+
+
+@app.command()
+def resume(
+    name: NameArgument,
+    *,
+    storage: StorageOption = None,
+    trials: TrialsOption = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Go on with a study, by its name."""
+    from evomerge.search.loop import stored_study
+    from evomerge.search.storage import open_log
+
+    directory = storage_directory(storage)
+    log = open_log(directory, name)
+    if log is None:
+        raise ConfigError(f"{directory}: there is no study {name}")
+    with contextlib.closing(log):
+        config = stored_study(directory, log, trust_code=trust_code)
+    _run(config, directory, trials, seed=None)
+
+
+def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | None) -> None:
+    """The search with its display; at the end its model, its report and the table."""
+    from rich.console import Console
+
+    from evomerge.report.export import write_results
+    from evomerge.report.progress import SearchDisplay
+    from evomerge.search.evaluator import open_evaluator
+    from evomerge.search.loop import run_search
+
+    try:
+        with _stdout_for_results(), SearchDisplay(Console(stderr=True)) as display:
+            run_search(
+                config,
+                storage=storage,
+                open_evaluator=open_evaluator,
+                trials=trials,
+                seed=seed,
+                report=display,
+            )
+            results = write_results(storage, config.study)
+    except KeyboardInterrupt:
+        _say(f"interrupted; go on with: {_resume_command(config.study, storage)}")
+        raise typer.Exit(INTERRUPTED) from None
+    _print_results(results)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A study; else all.")] = None,
+    *,
+    storage: StorageOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What studies there are, or how one of them stands."""
+    from evomerge.search.status import list_studies, study_status
+
+    directory = storage_directory(storage)
+    if name is None:
+        studies = list_studies(directory)
+        print(json.dumps({"studies": studies}, indent=2) if as_json else _studies_text(studies))
+        return
+    found = study_status(directory, name)
+    print(json.dumps(found, indent=2) if as_json else _status_text(found))
+
+
+@app.command()
+def export(
+    name: NameArgument,
+    *,
+    storage: StorageOption = None,
+    trial: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="A trial instead of the best.")
+    ] = None,
+    yaml: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the recipe.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write the model.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a study's best recipe, or its model; the recipe to stdout where neither is named."""
+    from evomerge.report.export import export_model
+    from evomerge.search.status import trial_recipe
+
+    directory = storage_directory(storage)
+    recipe = trial_recipe(directory, name, trial)
+    if yaml is not None:
+        _write_new(yaml, recipe.to_yaml(), overwrite=overwrite)
+        print(yaml)
+    if model is not None:
+        print(export_model(directory, name, model, trial, overwrite=overwrite))
+    if yaml is None and model is None:
+        print(recipe.to_yaml(), end="")
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Any mergekit YAML.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    *,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
+    ] = "5GB",
+    seed: Annotated[
+        int, typer.Option(help="For methods that draw at random; none of today's does.")
+    ] = 0,
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Merge models as a mergekit YAML says, into a complete model folder."""
+    del seed
+    shard_bytes = parse_size(max_shard_size)
+    from evomerge.merge.checkpoint import refuse_existing
+    from evomerge.merge.inputs import InputModels
+    from evomerge.recipe import read_recipe
+    from evomerge.report.export import merge_recipe
+
+    wanted = read_recipe(recipe)
+    refuse_existing(out.absolute(), overwrite=overwrite)
+    inputs = InputModels(storage_directory(storage), say=_say)
+    merge_recipe(
+        wanted,
+        out,
+        inputs,
+        verbatim=recipe.read_text(encoding="utf-8"),
+        max_shard_size=shard_bytes,
+        overwrite=overwrite,
+    )
+    print(out)
+
+
+@presets_app.callback(invoke_without_command=True)
+def presets(context: typer.Context) -> None:
+    """The searches and suites that ship with evomerge."""
+    if context.invoked_subcommand is None:
+        list_presets()
+
+
+@presets_app.command("list")
+def list_presets() -> None:
+    """All presets: name, kind, first line."""
+    for name, path in _preset_files().items():
+        kind = "study" if path.parent.name == "search_spaces" else "suite"
+        print(f"{name:<36} {kind}  {_first_comment(path)}")
+
+
+@presets_app.command("show")
+def show_preset(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a preset's file."""
+    print(_preset_file(name).read_text(encoding="utf-8"), end="")
+
+
+@presets_app.command("copy")
+def copy_preset(
+    name: Annotated[str, typer.Argument(metavar="NAME")], overwrite: OverwriteOption = False
+) -> None:
+    """Copy a preset's file here, to be changed."""
+    target = Path(f"{name}.yaml")
+    _write_new(target, _preset_file(name).read_text(encoding="utf-8"), overwrite=overwrite)
+    print(target)
+
+
+def parse_size(text: str) -> int:
+    """The bytes that "5GB", "500 MB", "2GiB" or a plain number mean; ConfigError else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        number, unit, binary = match.groups()
+        power = " KMGT".index(unit.upper()) if unit else 0
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise ConfigError(f"--max-shard-size: {text!r} is no size; right would be 5GB or 500MB")
+    return size
+
+
+def storage_directory(option: Path | None, in_study: str | None = None) -> Path:
+    """Where studies are kept: the option, else the study's own key, else the environment's."""
+    named = option or in_study or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+    return Path(named).expanduser()
+
+
+def _preset_files() -> dict[str, Path]:
+    kinds: tuple[PresetKind, ...] = ("search_spaces", "evaluators")
+    return {
+        name: data_root() / kind / f"{name}.yaml" for kind in kinds for name in preset_names(kind)
+    }
+
+
+def _preset_file(name: str) -> Path:
+    files = _preset_files()
+    if name not in files:
+        raise ConfigError(f"{name}: no preset of this name; there are: {', '.join(files)}")
+    return files[name]
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def _write_new(path: Path, text: str, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """What engines print to stdout in the block goes to stderr, from their processes too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _print_results(results: Results) -> None:
+    from rich.console import Console
+
+    from evomerge.report.export import time_split
+    from evomerge.report.table import outcome_table
+
+    Console().print(outcome_table(results.rows, results.tasks))
+    for words, seconds, share in time_split(results.seconds):
+        print(f"{words:<24} {seconds:8.1f} s {share:6.1%}")
+    print(f"recipe  {results.config}\nmodel   {results.model}\nreport  {results.report}")
+
+
+def _resume_command(name: str, storage: Path) -> str:
+    command = ["evomerge", "resume", name]
+    if storage != storage_directory(None):
+        command += ["--storage", str(storage)]
+    return shlex.join(command)
+
+
+def _studies_text(studies: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"{study['study']:<32} {study['state']:<12} {study['trials']:>5} trials  "
+        f"best {_number(study['best'])}"
+        for study in studies
+    ]
+    return "\n".join(lines) or "no studies yet"
+
+
+def _status_text(found: Mapping[str, Any]) -> str:
+    best = found["best"]
+    lines = [
+        f"study   {found['study']}: {found['state']}",
+        f"trials  {len(found['trials'])} of {found['budget']['trials']}",
+        f"best    {_number(best and best['score'])}",
+    ]
+    if best:
+        where = "" if best["number"] is None else f" {best['number']}"
+        lines[-1] += f" ({best['source']}{where})"
+        lines.append(f"recipe  {best['config']}")
+    return "\n".join(lines)
+
+
+def _number(score: float | None) -> str:
+    return "–" if score is None else f"{score:.3f}"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

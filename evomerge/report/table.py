@@ -1,0 +1,65 @@
+"""The table at the end of a search: every baseline and the winner, on both sets of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's scores; None where it was not scored (no held-out tasks, a failed model)."""
+
+    model: str
+    search: float | None
+    holdout: float | None
+
+
+def outcome_rows(status: Mapping[str, Any]) -> list[Row]:
+    """The rows base, each model, uniform, evolved of a finished study's `status --json`."""
+    search = status["outcome"]["search"]
+    holdout = status["outcome"]["holdout"] or {}
+    held_out_models = holdout.get("models", {})
+    return [
+        Row("base", search["base"], holdout.get("base")),
+        *(Row(name, score, held_out_models.get(name)) for name, score in search["models"].items()),
+        Row("uniform merge", search["uniform"], holdout.get("uniform")),
+        Row("evolved merge", search["evolved"], holdout.get("evolved")),
+    ]
+
+
+def outcome_table(rows: Sequence[Row], tasks: tuple[int, int]) -> Table:
+    """The rows for a terminal; `tasks` are the numbers of search and of held-out tasks."""
+    table = Table(title="Mean grade", title_justify="left")
+    table.add_column("model")
+    for heading in _headings(tasks):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        style = "bold" if row is rows[-1] else None
+        table.add_row(row.model, *_cells(row, tasks), style=style)
+    return table
+
+
+def outcome_markdown(rows: Sequence[Row], tasks: tuple[int, int]) -> str:
+    """The same table in Markdown."""
+    headings = _headings(tasks)
+    lines = [
+        f"| model | {' | '.join(headings)} |",
+        f"|---|{'---:|' * len(headings)}",
+        *(f"| {row.model} | {' | '.join(_cells(row, tasks))} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _headings(tasks: tuple[int, int]) -> list[str]:
+    search, holdout = tasks
+    headings = [f"search ({search} tasks)", f"held out ({holdout} tasks)"]
+    return headings if holdout else headings[:1]
+
+
+def _cells(row: Row, tasks: tuple[int, int]) -> list[str]:
+    scores = [row.search, row.holdout] if tasks[1] else [row.search]
+    return ["–" if score is None else f"{score:.3f}" for score in scores]

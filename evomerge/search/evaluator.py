@@ -1,0 +1,89 @@
+"""A candidate's way through the engine: its recipe loaded, its tasks answered and graded."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from evomerge.engine import open_engine, vllm_is_installed
+from evomerge.engine.base import Engine, EngineConfig
+from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths, evaluate_tasks
+from evomerge.recipe import Recipe
+from evomerge.search.resolve import ResolvedStudy
+from evomerge.search.study import EngineSettings
+
+NO_VLLM = "vLLM is not installed here: the transformers engine serves instead"
+
+
+@dataclass
+class TimeSplit:
+    """Seconds that an evaluator has spent, by what they went to."""
+
+    engine_start: float = 0.0
+    switching: float = 0.0
+    generation: float = 0.0
+    scoring: float = 0.0
+
+
+@dataclass
+class EngineEvaluator:
+    """Evaluates recipes on the tasks of a suite, one candidate at a time, in one engine."""
+
+    engine: Engine
+    suite: Suite
+    split: TimeSplit = field(default_factory=TimeSplit)
+
+    def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+        """What the model of `recipe` makes of the tasks, in their order.
+
+        Raises CandidateError where the recipe has no model, EngineDiedError where the engine is
+        gone.
+        """
+        start = time.perf_counter()
+        self.engine.load(recipe)
+        loaded = time.perf_counter()
+        results = evaluate_tasks(self.engine, self.suite, self.suite.select(task_ids))
+        end = time.perf_counter()
+        generation = sum(result.seconds for result in results)
+        self.split.switching += loaded - start
+        self.split.generation += generation
+        self.split.scoring += end - loaded - generation
+        return results
+
+
+@contextmanager
+def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
+    """The engine that a study asks for, started, with all its tasks found to fit its context."""
+    start = time.perf_counter()
+    settings = study.config.engine
+    with open_engine(engine_name(settings), engine_config(study)) as engine:
+        check_prompt_lengths(engine, study.suite, study.suite.tasks)
+        split.engine_start += time.perf_counter() - start
+        yield EngineEvaluator(engine, study.suite, split)
+
+
+def engine_name(settings: EngineSettings) -> str:
+    """The engine of a study: the one it names, else vLLM if installed, else transformers."""
+    if settings.name != "auto":
+        return settings.name
+    if vllm_is_installed():
+        return "vllm"
+    print(NO_VLLM, file=sys.stderr, flush=True)
+    return "transformers"
+
+
+def engine_config(study: ResolvedStudy) -> EngineConfig:
+    """What the engine of a study is started with."""
+    settings = study.config.engine
+    return EngineConfig(
+        model=str(study.base),
+        sources=tuple(dict.fromkeys(str(folder) for folder in (study.base, *study.models))),
+        dtype=settings.dtype,
+        repeatable=settings.repeatable,
+        load=settings.load,
+        scratch=str(study.directory / "scratch"),
+        options=settings.options,
+    )

@@ -1,0 +1,207 @@
+"""References to models become folders: local ones, GGUF files, hub names, adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import ConfigError
+from evomerge.merge.inputs import InputModels
+from tests import tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+RESOLVE = """
+import sys
+import time
+from pathlib import Path
+from evomerge.errors import ConfigError
+from evomerge.merge.inputs import InputModels
+start = time.monotonic()
+say = lambda line: print(line, file=sys.stderr)
+inputs = InputModels(Path(sys.argv[1]), say=say, hub_seconds=2)
+for reference in sys.argv[2:]:
+    try:
+        print(inputs.resolve(reference))
+    except ConfigError as error:
+        print(f"ConfigError {error}")
+print(time.monotonic() - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("models") / "base", layers=1)
+
+
+def test_a_local_folder_is_itself_from_the_studys_folder_on(model: Path, tmp_path: Path) -> None:
+    inputs = InputModels(tmp_path, folder=model.parent)
+    assert inputs.resolve("base") == model
+    assert inputs.resolve(f"../{model.parent.name}/base") == model
+    assert inputs.resolve(str(model)) == model
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_has_a_plus_is_a_folder(model: Path, tmp_path: Path) -> None:
+    plus = tmp_path / "a+b"
+    plus.symlink_to(model)
+    assert InputModels(tmp_path).resolve(str(plus)) == model
+
+
+def test_a_model_without_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(model / name)
+    with pytest.raises(ConfigError, match=r"bare: this model has no tokenizer; expected one of"):
+        InputModels(tmp_path).resolve(str(bare))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere", r"nowhere: this model is neither a folder \(.*/nowhere does not exist\) nor"),
+        ("./owner/name", "neither a folder"),
+        ("owner/name/more", "neither a folder"),
+        ("a+b+c", "one [+] and a name either side"),
+        ("+b", "one [+] and a name either side"),
+    ],
+)
+def test_what_is_neither_folder_nor_hub_name_is_refused(
+    reference: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        InputModels(tmp_path, folder=tmp_path).resolve(reference)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_a_folder_with_its_configuration(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ConfigError, match=r"adapter: not a LoRA adapter: adapter_config\.json"):
+        InputModels(tmp_path / "storage", folder=tmp_path).resolve(f"{model}+adapter")
+    assert not (tmp_path / "storage").exists()
+
+
+def test_hub_repositories_of_a_reference_are_named_without_revision(
+    model: Path, tmp_path: Path
+) -> None:
+    inputs = InputModels(tmp_path, folder=model.parent)
+    assert inputs.hub_ids("base") == ()
+    assert inputs.hub_ids("owner/name@v1.0") == ("owner/name",)
+    assert inputs.hub_ids("owner/name@main+me/lora") == ("owner/name", "me/lora")
+    assert inputs.hub_ids("base+me/lora") == ("me/lora",)
+
+
+def test_a_hub_model_is_fetched_once_without_pickles_and_found_again_offline(
+    model: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    files |= {"pytorch_model.bin": b"never", "original/more.safetensors": b"never"}
+    storage = tmp_path / "storage"
+    with hub({"me/base": files}) as (url, requests):
+        first = resolve(storage, url, "me/base", "me/base@main", "me/none")
+        lines = first.stdout.splitlines()
+    kept = Path(lines[0])
+    assert lines[1] == lines[0]
+    assert kept.parent == storage / "input_models"
+    assert {path.name for path in kept.iterdir()} == {path.name for path in model.iterdir()} | {
+        "evomerge_origin.json"
+    }
+    assert (kept / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert "me/none: not a folder here, and the Hugging Face hub has no such model" in lines[2]
+    fetched = [path for path in requests if path.endswith("safetensors")]
+    assert set(fetched) == {f"/me/base/resolve/{COMMIT}/model.safetensors"}
+    later = resolve(storage, url, "me/base")
+    assert later.stdout.splitlines()[0] == str(kept)
+    assert "me/base: the hub does not answer; using" in later.stderr
+
+
+def test_a_hub_that_never_answers_is_given_up_once_for_all(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        run = resolve(tmp_path / "storage", address, "a/b", "c/d")
+    first, second, seconds = run.stdout.splitlines()
+    assert 2.0 <= float(seconds) < 4.0  # hub_seconds once, not once for each model
+    assert first.startswith(
+        "ConfigError a/b: not a folder here, and the Hugging Face hub does not answer"
+    )
+    assert second == "ConfigError c/d: not a folder here, and the hub did not answer before"
+    assert not (tmp_path / "storage").exists()
+
+
+def resolve(storage: Path, endpoint: str, *references: str) -> subprocess.CompletedProcess[str]:
+    """Resolves in a process of its own: the hub's address is read when its client is imported."""
+    cache = storage.parent / "hub_cache"
+    return subprocess.run(
+        [sys.executable, "-c", RESOLVE, str(storage), *references],
+        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@contextmanager
+def hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
+    """A server with as much of the hub's interface as is needed: its address, its log."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def answer(self, *, with_body: bool) -> None:
+            path = self.path.partition("?")[0]
+            body = self.body(path)
+            self.send_response(200 if body is not None else 404)
+            if body is None:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.send_header("ETag", f'"{abs(hash(path)):x}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if with_body and body is not None:
+                self.wfile.write(body)
+
+        def body(self, path: str) -> bytes | None:
+            for name, files in repositories.items():
+                api, resolve = f"/api/models/{name}", f"/{name}/resolve/{COMMIT}/"
+                if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+                    siblings = [{"rfilename": file} for file in files]
+                    return json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
+                if path.startswith(f"{api}/tree/"):
+                    entries = [
+                        {"type": "file", "path": file, "size": len(content), "oid": f"{index:x}"}
+                        for index, (file, content) in enumerate(files.items())
+                    ]
+                    return json.dumps(entries).encode()
+                if path.startswith(resolve):
+                    return files.get(path.removeprefix(resolve))
+            return None
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
