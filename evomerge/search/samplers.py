@@ -66,6 +66,9 @@ class CmaEs:
                 "signals_filename": "",
                 # Rescaling coordinates would make what is told differ from what was drawn.
                 "conditioncov_alleviate": False,
+                # On for populations under 6: it injects mirrored candidates into the next ask,
+                # which is not where ours come from, and the next tell then refuses.
+                "CMA_mirrors": 0,
                 "verbose": -9,
             },
         )
