@@ -1,27 +1,26 @@
-"""A search whose engine is a formula: real studies, real files, no model that answers.
-
-`python -m tests.search.formula STUDY.yaml STORAGE` runs one in a process of its own, to be killed.
-"""
+"""A search whose engine is a formula: real studies, real files, no model that answers."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import os
+import resource
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from evomerge.errors import CandidateError, EngineDiedError
+from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
 from evomerge.evaluate.suite import TaskResult
 from evomerge.recipe import Recipe
 from evomerge.search.evaluator import TimeSplit
-from evomerge.search.loop import run_search
+from evomerge.search.loop import OpenEvaluator, run_search
 from evomerge.search.resolve import ResolvedStudy
-from evomerge.search.story import Story
+from evomerge.search.story import Started, Story
 from evomerge.search.study import read_study
 
 
@@ -83,7 +82,7 @@ def opener(
     seconds: float = 0.0,
     grade: Callable[[Recipe, str], float | None] = formula_grade,
     fails: Callable[[Recipe], Exception | None] = lambda recipe: None,
-):
+) -> OpenEvaluator:
     """An `open_evaluator` of FormulaEvaluators."""
 
     @contextmanager
@@ -118,25 +117,48 @@ class DiesAt:
         return EngineDiedError("no heartbeat") if self.asked in self.calls else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("study")
-    parser.add_argument("storage", type=Path)
-    parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--broken-above", type=float, default=math.inf)
-    options = parser.parse_args()
-
-    def report(story: Story) -> None:
-        print(story.line, file=sys.stderr, flush=True)
-
-    outcome = run_search(
-        read_study(options.study),
-        storage=options.storage,
-        open_evaluator=opener(options.seconds, fails=broken_above(options.broken_above)),
-        report=report,
-    )
-    json.dump(outcome.status, sys.stdout)
+def sleeping_child() -> int:
+    """A child that inherits all this process has open, as an engine's workers may; its number."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    return child
 
 
-if __name__ == "__main__":
-    main()
+def run(
+    study: Path,
+    storage: Path,
+    story: Path,
+    *,
+    seconds: float,
+    limit: float = math.inf,
+    child: Path | None = None,
+    largest_file: int | None = None,
+) -> None:
+    """Runs a study as the command line would, in a process to be killed; its lines go to `story`.
+
+    Candidates whose first weight is above `limit` fail. `child`: a forked child's number is
+    written there. `largest_file`: writing fails where a file would get more bytes.
+    """
+    warnings.simplefilter("error")
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    def report(told: Story) -> None:
+        print(told.line, file=lines, flush=True)
+        if child is not None and isinstance(told, Started):
+            child.write_text(str(sleeping_child()))
+
+    with story.open("w") as lines:
+        try:
+            run_search(
+                read_study(str(study)),
+                storage=storage,
+                open_evaluator=opener(seconds, fails=broken_above(limit)),
+                report=report,
+            )
+        except EvomergeError as error:
+            print(f"error: {error}", file=lines)
+            sys.exit(error.exit_status)
