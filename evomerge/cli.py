@@ -98,15 +98,10 @@ def resume(
     trust_code: TrustOption = False,
 ) -> None:
     """Go on with a study, by its name."""
-    from evomerge.search.loop import stored_study
-    from evomerge.search.storage import open_log
+    from evomerge.search.status import stored_study
 
     directory = storage_directory(storage)
-    log = open_log(directory, name)
-    if log is None:
-        raise ConfigError(f"{directory}: there is no study {name}")
-    with contextlib.closing(log):
-        config = stored_study(directory, log, trust_code=trust_code)
+    config = stored_study(directory, name, trust_code=trust_code)
     _run(config, directory, trials, seed=None)
 
 

@@ -1,0 +1,139 @@
+"""Who may import whom, who may know which big library, and what must not stand in the files."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "evomerge"
+
+# The house of the design: each room, and the rooms that it may import (itself, always).
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "resources": {"errors"},
+    "database": {"errors"},
+    "recipe": {"errors"},
+    "space": {"errors", "recipe"},
+    "merge": {"errors", "recipe"},
+    "engine": {"errors", "recipe", "merge"},
+    "evaluate": {"errors", "resources", "database", "engine.base"},
+    "search": {
+        *("errors", "resources", "database", "recipe", "space"),
+        *("merge", "engine", "evaluate"),
+    },
+    "report": {"errors", "recipe", "space", "merge", "evaluate", "search"},
+    "cli": {"errors", "resources", "recipe", "merge", "search", "report"},
+}
+
+# Each big library, and the files that may know it.
+LIBRARIES: dict[str, set[str]] = {
+    "cma": {"search/samplers.py"},
+    "gguf": {"merge/inputs.py"},
+    "huggingface_hub": {"merge/inputs.py"},
+    "jinja2": {"evaluate/prompts.py"},
+    "optuna": {"search/mirror.py"},
+    "pandas": set(),
+    "peft": set(),
+    "rich": {"cli.py", "report/progress.py", "report/table.py"},
+    "safetensors": {"merge/checkpoint.py"},
+    "sqlalchemy": {"database.py", "evaluate/ledger.py", "search/log.py"},
+    "torch": {
+        *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
+        *("merge/materialize.py", "merge/methods.py", "merge/plan.py"),
+        *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
+        *("engine/vllm_backend.py", "engine/vllm_engine.py"),
+    },
+    "transformers": {"engine/tokenizer.py", "engine/transformers_engine.py", "merge/inputs.py"},
+    "typer": {"cli.py"},
+    "vllm": {"engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"},
+}
+
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".json", ""}
+MACHINE_PATH = re.compile(r"(?<![\w./~${}-])/(work|farm|opt|root|home|tmp)/")
+PACKAGE_INDEX = re.compile(r"https?://[^ ]*(?:py" + r"pi|npm" + r"js|deb" + r"ian)|index-" + "url")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, wherever in it: `a.b` for `from a import b`, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_allowed(name: str, rooms: set[str]) -> bool:
+    inside = name.removeprefix("evomerge.")
+    return any(inside == allowed or inside.startswith(f"{allowed}.") for allowed in rooms)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_the_rooms_below_its_own(path: Path) -> None:
+    inside = path.relative_to(ROOT).with_suffix("")
+    if inside.parts[1] == "__init__":
+        return
+    own = inside.parts[1]
+    ours = [name for name in imported(path) if name.startswith("evomerge.")]
+    wrong = [name for name in ours if not is_allowed(name, ROOMS[own] | {own})]
+    assert wrong == []
+
+
+def test_the_maths_of_merging_know_torch_and_nothing_of_ours() -> None:
+    names = {name.split(".")[0] for name in imported(PACKAGE / "merge" / "methods.py")}
+    assert names == {"__future__", "collections", "torch"}
+
+
+def test_every_room_stands_in_the_table() -> None:
+    inside = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert inside - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_each_big_library_is_known_by_the_files_of_the_table(library: str) -> None:
+    knowing = {
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if any(name.split(".")[0] == library for name in imported(path))
+    }
+    assert knowing <= LIBRARIES[library]
+
+
+def test_no_file_pickles_or_loads_unsafe_yaml() -> None:
+    forbidden = re.compile(r"\b(import pickle|torch\.load\(|yaml\.load\(|joblib|dill)\b")
+    found = [path for path in modules() if forbidden.search(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_the_data_folders_hold_no_python() -> None:
+    # One would break the editable install (hatchling).
+    folders = ("search_spaces", "evaluators", "storage")
+    assert [path for folder in folders for path in (ROOT / folder).rglob("*.py")] == []
+
+
+def test_no_file_names_a_path_of_one_machine_or_a_package_index() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in project_texts()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if MACHINE_PATH.search(line) or PACKAGE_INDEX.search(line)
+    ]
+    assert found == []
+
+
+def project_texts() -> Iterator[Path]:
+    """The text files of the project: the folders that it is made of, and the top level's files."""
+    folders = ("evomerge", "scripts", "tests", "docs", "search_spaces", "evaluators", "storage")
+    inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    for path in [*inside, *ROOT.glob("*"), ROOT / ".ci" / "run"]:
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and path != Path(__file__):
+            yield path
