@@ -88,10 +88,9 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePla
     Raises ConfigError where recipe and checkpoints do not fit together, CandidateError where only
     the weights are at fault (not finite, or a sum near 0 that is to be normalised).
     """
-    parts = _parts(
-        recipe, {name: _architecture(name, checkpoints) for name in recipe.model_names()}
-    )
-    _refuse_mixed_models(parts, checkpoints)
+    architectures = {name: _architecture(name, checkpoints) for name in recipe.model_names()}
+    _refuse_mixed_models(architectures, checkpoints)
+    parts = _parts(recipe, architectures)
     groups = [group for part in parts for group in part.groups()]
     entries = tuple(_entry(group, recipe) for group in groups)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
@@ -266,24 +265,24 @@ def _architecture(name: str, checkpoints: Mapping[str, Checkpoint]) -> Architect
     return checkpoints[name].architecture
 
 
-def _refuse_mixed_models(parts: Sequence[_Part], checkpoints: Mapping[str, Checkpoint]) -> None:
-    names = list(dict.fromkeys(source.model for part in parts for source in part.sources))
-    first = checkpoints[names[0]]
-    for name in names[1:]:
-        other = checkpoints[name]
+def _refuse_mixed_models(
+    architectures: Mapping[str, Architecture], checkpoints: Mapping[str, Checkpoint]
+) -> None:
+    """Raises ConfigError where a model is of another kind than the first one."""
+    first, *others = architectures
+    for name in others:
         for key in ("architectures", *_SHARED_CONFIG_KEYS):
-            values = first.config.get(key), other.config.get(key)
+            values = checkpoints[first].config.get(key), checkpoints[name].config.get(key)
             if None not in values and values[0] != values[1]:
                 raise ConfigError(
-                    f"{other.directory / 'config.json'}: {key}: {values[1]!r}, but {names[0]} has "
-                    f"{values[0]!r}; models of one architecture and shape can be merged"
+                    f"{checkpoints[name].directory / 'config.json'}: {key}: {values[1]!r}, but "
+                    f"{first} has {values[0]!r}; models of one architecture and shape can be merged"
                 )
-    stacks = {
-        a.stack: s.model for p in parts for a, s in zip(p.architectures, p.sources, strict=True)
-    }
-    if len(stacks) > 1:
-        listed = ", ".join(f"{stack} in {model}" for stack, model in stacks.items())
-        raise ConfigError(f"the models name their layers differently: {listed}")
+        if architectures[name].stack != architectures[first].stack:
+            raise ConfigError(
+                f"{checkpoints[name].directory}: names its layers {architectures[name].stack}.0 …, "
+                f"but {first} {architectures[first].stack}.0 …"
+            )
 
 
 def _without_head(architecture: Architecture) -> dict[str, TensorHeader]:

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evomerge.errors import ConfigError, OutputExistsError, RunError
+from evomerge.merge import checkpoint as checkpoint_module
+from evomerge.merge.checkpoint import (
+    MARKER_FILE,
+    Checkpoint,
+    disk_failure,
+    published,
+    read_tensor_file,
+    write_sharded,
+)
+from tests import tiny
+
+
+@dataclass(frozen=True)
+class Spec:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def numbers(sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, (dtype, shape) in sizes.items()
+    }
+
+
+def specs_of(tensors: dict[str, Tensor]) -> list[Spec]:
+    return [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def write(directory: Path, tensors: dict[str, Tensor], max_shard_size: int = 10**9) -> Path:
+    directory.mkdir(exist_ok=True)
+    write_sharded(
+        directory, specs_of(tensors), iter(tensors.items()), max_shard_size=max_shard_size
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("models") / "llama", layers=2)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "sharded"
+    return tiny.llama(directory, layers=2, max_shard_size="300KB")
+
+
+def copy_of(directory: Path, tmp_path: Path) -> Path:
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    for file in directory.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    return copied
+
+
+def opening(directory: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint.open(directory)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "sharded"])
+def test_every_tensor_is_read_as_it_was_saved(kind: str, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(kind)
+    opened = Checkpoint.open(directory)
+    saved = tiny.read_tensors(directory)
+    assert opened.tensors.keys() == saved.keys()
+    for name, tensor in saved.items():
+        header = opened.tensors[name]
+        assert (header.dtype, header.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(opened.read(name), tensor)
+
+
+def test_reading_copies_nothing_into_memory(tmp_path: Path) -> None:
+    size = 200_000_000
+    tensors = {"big": torch.zeros(size // 4)}
+    directory = write(tmp_path / "big", tensors)
+    (directory / "config.json").write_text("{}")
+    del tensors
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensor = Checkpoint.open(directory).read("big")
+    assert tensor.shape == (size // 4,)
+    # Reading it into memory would touch each of its 4 KB pages.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size / 4096 / 10
+
+
+def test_the_fingerprint_changes_with_config_weights_and_time(llama: Path, tmp_path: Path) -> None:
+    first = Checkpoint.open(llama).fingerprint()
+    assert Checkpoint.open(llama).fingerprint() == first
+    copied = copy_of(llama, tmp_path)
+    times = (llama / "model.safetensors").stat()
+    os.utime(copied / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Checkpoint.open(copied).fingerprint() == first
+    os.utime(copied / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert Checkpoint.open(copied).fingerprint() != first
+    os.utime(copied / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    tiny.edit_config(copied, rope_theta=5.0)
+    assert Checkpoint.open(copied).fingerprint() != first
+
+
+def test_what_is_missing_is_named(llama: Path, sharded: Path, tmp_path: Path) -> None:
+    assert "there is no such model directory" in opening(tmp_path / "absent")
+    copied = copy_of(llama, tmp_path)
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    assert "only safetensors is read" in opening(copied)
+    (copied / "config.json").unlink()
+    assert "has no config.json" in opening(copied)
+    (tmp_path / "second").mkdir()
+    copied = copy_of(sharded, tmp_path / "second")
+    next(copied.glob("model-00002*")).unlink()
+    assert "names model-00002" in opening(copied)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 100, -1, -1000])
+def test_a_truncated_file_is_named(llama: Path, tmp_path: Path, keep: int) -> None:
+    copied = copy_of(llama, tmp_path)
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    message = opening(copied)
+    assert message.startswith(f"{file}: is truncated")
+
+
+def test_a_file_with_more_than_its_tensors_is_damaged(llama: Path, tmp_path: Path) -> None:
+    copied = copy_of(llama, tmp_path)
+    with (copied / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert "is truncated or damaged" in opening(copied)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"[1]", "header is no JSON object"),
+        (b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 1]}}', "tensor a has a broken"),
+        (b'{"a": {"dtype": "F32", "shape": [1]}}', "tensor a has a broken header"),
+        (b'{"a": 3}', "tensor a has a broken header"),
+        (b"\xff\xfe\x00", "no safetensors file"),
+    ],
+)
+def test_a_broken_header_is_named(tmp_path: Path, header: bytes, said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert said in opening(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"weight_map": {}}, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "should be the name of a file beside it"),
+        ({"weight_map": {"a": 3}}, "should be the name of a file beside it"),
+        ({"weight_map": {"absent": "part.safetensors"}}, "says that absent is in part.safetensors"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path: Path, index: object, said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"present": torch.ones(1)}, tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert said in opening(tmp_path)
+
+
+@pytest.mark.parametrize("max_shard_size", [10**9, 4000, 1])
+def test_what_is_written_is_read_back_by_the_library(tmp_path: Path, max_shard_size: int) -> None:
+    tensors = numbers(
+        {
+            "odd": (torch.bfloat16, (3, 5)),
+            "wide": (torch.float32, (7, 11)),
+            "half": (torch.float16, (1001,)),
+            "scalar": (torch.float32, ()),
+            "none": (torch.float32, (0, 4)),
+            "last": (torch.float64, (2, 2, 2)),
+        }
+    )
+    tensors["turned"] = torch.arange(12.0).reshape(3, 4).T
+    directory = write(tmp_path / "out", tensors, max_shard_size)
+    read = tiny.read_tensors(directory)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor), name
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+def test_shards_keep_their_size_and_the_index_finds_every_tensor(tmp_path: Path) -> None:
+    tensors = numbers({f"t{index}": (torch.float32, (100,)) for index in range(10)})
+    tensors["t3"] = torch.randn(1000)
+    directory = write(tmp_path / "out", tensors, 900)
+    files = sorted(file.name for file in directory.glob("*.safetensors"))
+    assert files == [f"model-{n:05d}-of-00006.safetensors" for n in range(1, 7)]
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * (9 * 100 + 1000)
+    for name, file in index["weight_map"].items():
+        assert name in read_tensor_file(directory / file)
+    held = {file: list(read_tensor_file(directory / file)) for file in files}
+    assert list(held.values()) == [
+        ["t0", "t1"],
+        ["t2"],
+        ["t3"],
+        ["t4", "t5"],
+        ["t6", "t7"],
+        ["t8", "t9"],
+    ]
+
+
+def test_every_tensor_of_a_file_is_aligned_to_its_numbers(tmp_path: Path) -> None:
+    tensors = numbers(
+        {"a": (torch.bfloat16, (3,)), "b": (torch.float64, (3,)), "c": (torch.float32, (3,))}
+    )
+    file = write(tmp_path / "out", tensors) / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0
+
+
+def test_writing_holds_a_tensor_no_longer_than_it_takes(tmp_path: Path) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for index in range(20):
+            alive.append(sum(tensor() is not None for tensor in made))
+            tensor = torch.full((1000,), float(index))
+            made.append(weakref.ref(tensor))
+            yield f"t{index}", tensor
+
+    specs = [Spec(f"t{index}", torch.float32, (1000,)) for index in range(20)]
+    write_sharded(tmp_path, specs, stream())
+    assert max(alive) == 1
+
+
+def test_a_failing_disk_stops_the_run_with_its_name(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(RunError, match=f"^{tmp_path}: writing failed"):
+            write(tmp_path, {"big": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_called_full() -> None:
+    error = disk_failure(Path("/models/out"), OSError(errno.ENOSPC, "No space left on device"))
+    assert str(error).startswith("/models/out: the disk is full (No space left on device)")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with published(out) as partial:
+        (partial / "file").write_text("1")
+        assert not out.exists()
+    assert sorted(os.listdir(out)) == ["file"]
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with published(tmp_path / "out") as partial:
+            (partial / "file").write_text("1")
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(OutputExistsError, match="not empty"), published(out):
+        pytest.fail("the work must not begin")
+    assert os.listdir(out) == ["mine"]
+    with pytest.raises(ValueError, match="failed"), published(out, overwrite=True):
+        raise ValueError("failed")
+    assert os.listdir(out) == ["mine"]
+    with published(out, overwrite=True) as partial:
+        (partial / "new").write_text("1")
+    assert os.listdir(out) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_may_be_filled_and_a_file_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with published(tmp_path / "empty") as partial:
+        (partial / "new").write_text("1")
+    assert os.listdir(tmp_path / "empty") == ["new"]
+    (tmp_path / "file").write_text("1")
+    with (
+        pytest.raises(OutputExistsError, match="no folder"),
+        published(tmp_path / "file", overwrite=True),
+    ):
+        pytest.fail("the work must not begin")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(ConfigError, match="cannot be made"), published(tmp_path / "file" / "out"):
+        pytest.fail("the work must not begin")
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from evomerge.merge.checkpoint import published
+with published(Path(sys.argv[1])) as partial:
+    (partial / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(out: Path) -> subprocess.Popen[str]:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(out)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "writing\n"
+    return writer
+
+
+def test_the_remains_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
+    with start_writer(tmp_path / "out") as writer:
+        writer.kill()
+    assert os.listdir(tmp_path) == ["out.partial"]
+    with published(tmp_path / "out") as partial:
+        assert os.listdir(partial) == [MARKER_FILE]
+        (partial / "whole").write_text("1")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["whole"]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with start_writer(tmp_path / "out") as writer:
+        said = f"process {writer.pid} is writing it"
+        with pytest.raises(ConfigError, match=said), published(tmp_path / "out"):
+            pytest.fail("the work must not begin")
+        assert (tmp_path / "out.partial" / "half").read_text() == "half"
+        writer.kill()
+
+
+def test_a_partial_folder_that_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "theirs").write_text("1")
+    with pytest.raises(ConfigError, match="not ours"), published(tmp_path / "out"):
+        pytest.fail("the work must not begin")
+    assert os.listdir(tmp_path / "out.partial") == ["theirs"]
+
+
+def test_every_dtype_has_one_code() -> None:
+    codes = checkpoint_module._DTYPE_CODES
+    assert len(codes) == len(checkpoint_module._DTYPES)
