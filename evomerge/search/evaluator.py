@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from evomerge.engine import open_engine, vllm_is_installed
+from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths, evaluate_tasks
 from evomerge.recipe import Recipe
-from evomerge.search.resolve import ResolvedStudy
-from evomerge.search.study import EngineSettings
+from evomerge.search.resolve import ResolvedStudy, engine_name
 
 NO_VLLM = "vLLM is not installed here: the transformers engine serves instead"
 
@@ -58,21 +57,14 @@ class EngineEvaluator:
 def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
     """The engine that a study asks for, started, with all its tasks found to fit its context."""
     start = time.perf_counter()
-    settings = study.config.engine
-    with open_engine(engine_name(settings), engine_config(study)) as engine:
+    asked = study.config.engine.name
+    name = engine_name(asked)
+    if name != asked and name == "transformers":
+        print(NO_VLLM, file=sys.stderr, flush=True)
+    with open_engine(name, engine_config(study)) as engine:
         check_prompt_lengths(engine, study.suite, study.suite.tasks)
         split.engine_start += time.perf_counter() - start
         yield EngineEvaluator(engine, study.suite, split)
-
-
-def engine_name(settings: EngineSettings) -> str:
-    """The engine of a study: the one it names, else vLLM if installed, else transformers."""
-    if settings.name != "auto":
-        return settings.name
-    if vllm_is_installed():
-        return "vllm"
-    print(NO_VLLM, file=sys.stderr, flush=True)
-    return "transformers"
 
 
 def engine_config(study: ResolvedStudy) -> EngineConfig:

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 import sqlalchemy as sql
 
 from evomerge.database import Database, events, stops_the_run, studies
-from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import UnitKey, grades_by_candidate, record
 from evomerge.evaluate.suite import TaskResult
 
@@ -293,10 +292,9 @@ def study_names(database: Database) -> list[str]:
         return list(connection.scalars(sql.select(studies.c.name).order_by(studies.c.id)))
 
 
-def require_study(log: EventLog, where: object) -> Payload:
-    """What the study began with. Raises ConfigError where there is no such study."""
-    if log.history.begun is None:
-        raise ConfigError(f"{where}: there is no study {log.name}")
+def begun_with(log: EventLog) -> Payload:
+    """What the study of a log that exists began with."""
+    assert log.history.begun is not None, f"study {log.name} has not begun"
     return log.history.begun
 
 

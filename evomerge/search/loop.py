@@ -388,12 +388,21 @@ class _Search:
             alike.append(key)
         return alike
 
-    def _stop(self, reason: str, void: Sequence[tuple[str, Part]], *last: events.Event) -> NoReturn:
-        """Ends the run; the failures in `void` are not the candidates' and will be tried again."""
+    def _stop(
+        self, reason: str, failures: Sequence[tuple[str, Part]], *last: events.Event
+    ) -> NoReturn:
+        """Ends the run; `failures` are not the candidates' own and will be tried again.
+
+        But for those of a generation that is told already: they stay what the sampler knows.
+        """
+        told = {
+            trial_label(number) for block in self._history.told for number in self._block(block)
+        }
+        void = [key for key in failures if key[0] not in told]
         self._log.append(*last, events.stopped(reason, void))
         raise RunError(
-            f"study {self._study.name} stopped: {reason}; the sampler was told nothing of it, and "
-            "the study can be resumed once the cause is gone"
+            f"study {self._study.name} stopped: {reason}; what failed so was not told to the "
+            "sampler and is tried again when the study is resumed, once the cause is gone"
         )
 
     def _finish(self) -> None:

@@ -95,16 +95,23 @@ class Mirror:
             self._say(f"{self._path}: the mirror for Optuna is given up: {error}")
 
     def _catch_up(self, told: list[MirroredTrial]) -> None:
-        if self._is_whole():
-            self._study = _open_study(self._path, self._name)
-            if len(self._study.get_trials(deepcopy=False)) == len(told):
-                return
+        if self._is_whole() and self._holds() == len(told):
+            return
         fresh = self._path.with_name(self._path.name + ".partial")
         fresh.unlink(missing_ok=True)
         self._study = _open_study(fresh, self._name)
         self._write(told)
         fresh.replace(self._path)
         self._study = _open_study(self._path, self._name)
+
+    def _holds(self) -> int | None:
+        """The number of trials in the journal; None where Optuna cannot read it."""
+        try:
+            self._study = _open_study(self._path, self._name)
+            return len(self._study.get_trials(deepcopy=False))
+        # Whatever Optuna makes of a file that is no journal, or not of this study.
+        except Exception:
+            return None
 
     def _is_whole(self) -> bool:
         """Whether there is a journal, its last line written to the end."""

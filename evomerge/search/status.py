@@ -17,7 +17,7 @@ from evomerge.search.candidates import (
     model_label,
     space_from_mapping,
 )
-from evomerge.search.log import EventLog, History, Part, require_study, trial_label
+from evomerge.search.log import EventLog, History, Part, begun_with, trial_label
 from evomerge.search.storage import is_held, open_log, stored_names
 from evomerge.search.study import StudyConfig, study_directory, study_from_mapping
 
@@ -164,7 +164,7 @@ def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:
     log = _existing_log(storage, name)
     log.close()
     history = log.history
-    space = space_from_mapping(require_study(log, storage)["space"])
+    space = space_from_mapping(begun_with(log)["space"])
     best = best_so_far(history)
     if number is not None:
         if number not in history.genomes:
@@ -181,7 +181,7 @@ def baseline_recipes(storage: Path, name: str) -> Mapping[str, Recipe]:
     """The recipes of the baselines by label: "base", "model 0" …, "uniform"."""
     log = _existing_log(storage, name)
     log.close()
-    space = space_from_mapping(require_study(log, storage)["space"])
+    space = space_from_mapping(begun_with(log)["space"])
     return {candidate.label: candidate.recipe for candidate in baselines(space)}
 
 
@@ -189,7 +189,7 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
     """The study as it was last asked for. Raises ConfigError where there is none of this name."""
     log = _existing_log(storage, name)
     log.close()
-    begun, opened = require_study(log, storage), log.history.opened or {}
+    begun, opened = begun_with(log), log.history.opened or {}
     asked = dict(begun["study"])
     asked["budget"] = {"trials": opened.get("asked_trials", asked["budget"]["trials"])}
     return study_from_mapping(
@@ -199,9 +199,8 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
 
 def _existing_log(storage: Path, name: str) -> EventLog:
     log = open_log(storage, name)
-    if log is None:
+    if log is None or not log.exists:
         raise ConfigError(f"{storage}: there is no study {name} ({_known(storage)})")
-    require_study(log, storage)
     return log
 
 

@@ -62,8 +62,9 @@ def stored_names(storage: Path) -> list[str]:
 def held(directory: Path) -> Iterator[None]:
     """The study in `directory` belongs to this process; a second one gets a ConfigError.
 
-    The lock is the process's own: engine processes that it starts do not inherit it, and it is
-    gone with the process, however that ends.
+    A study that did not begin by the end of the block leaves no folder behind. The lock is the
+    process's own: engine processes that it starts do not inherit it, and it is gone with the
+    process, however that ends.
     """
     check_writable(directory)
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
@@ -76,7 +77,7 @@ def held(directory: Path) -> Iterator[None]:
         write_whole(directory / _OWNER, json.dumps(_this_process()))
         try:
             yield
-        except ConfigError:
+        except BaseException:
             _leave_nothing(directory, made)
             raise
         finally:

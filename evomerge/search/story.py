@@ -60,9 +60,7 @@ class Measured:
     @property
     def line(self) -> str:
         """The event as one line of the run's story."""
-        name = (
-            self.candidate if self.generation is None else f"{self.candidate} gen {self.generation}"
-        )
+        name = self.title if self.generation is None else f"{self.title} gen {self.generation}"
         if self.part == "holdout":
             name += ", held-out tasks"
         ended = f"failed: {self.reason}" if self.score is None else f"score {self.score:.4g}"

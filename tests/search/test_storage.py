@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError
+
+from evomerge.database import (
+    SCHEMA_VERSION,
+    answers,
+    check_writable,
+    events,
+    grades,
+    metadata,
+    open_database,
+)
+from evomerge.errors import ConfigError, RunError
+from evomerge.evaluate.ledger import UnitKey, mean_grade, read_rows
+from evomerge.evaluate.suite import TaskResult
+from evomerge.search import log as event
+from evomerge.search.log import EventLog, Measurement
+from evomerge.search.loop import run_search
+from evomerge.search.status import list_studies, study_status, trial_recipe
+from evomerge.search.storage import held, is_held, stored_names, write_whole
+from evomerge.search.study import StudyConfig
+from tests.search.formula import opener
+
+
+def result(task: str, grade: float | None = 0.5, answer: str = "a") -> TaskResult:
+    return TaskResult(task, "p", answer, "stop", grade, 0.1, "v")
+
+
+def scored(candidate: str, results: list[TaskResult]) -> event.Event:
+    measurement = Measurement(0.5, len(results), 0, 0, "recipe", {"generate": 0.1})
+    return event.scored("search", measurement, UnitKey(candidate, 0, "r", "s", "exact"), results)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[EventLog]:
+    log = EventLog(open_database(tmp_path), "study")
+    yield log
+    log.close()
+
+
+def reopened(log: EventLog, tmp_path: Path) -> EventLog:
+    log.close()
+    return EventLog(open_database(tmp_path), "study")
+
+
+def count(tmp_path: Path, table: sql.Table) -> int:
+    engine = open_database(tmp_path)
+    with engine.connect() as connection:
+        number = connection.scalar(sql.select(sql.func.count()).select_from(table))
+    engine.dispose()
+    assert number is not None
+    return int(number)
+
+
+def test_the_database_is_sqlite_in_wal_mode_with_a_schema_version(tmp_path: Path) -> None:
+    engine = open_database(tmp_path / "new")
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1  # NORMAL
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        version = connection.exec_driver_sql("SELECT version FROM evomerge_schema").scalar()
+    engine.dispose()
+    assert version == SCHEMA_VERSION == 1
+    assert set(metadata.tables) == {"evomerge_schema", "studies", "events", "answers", "grades"}
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    open_database(tmp_path).dispose()
+    with sqlite3.connect(tmp_path / "evomerge.db") as connection:
+        connection.execute("UPDATE evomerge_schema SET version = 2")
+    connection.close()
+    with pytest.raises(
+        ConfigError, match="its schema has version 2, this evomerge knows version 1"
+    ):
+        open_database(tmp_path)
+
+
+def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evomerge.db").write_text("not a database, but long enough to look at" * 10)
+    with pytest.raises(ConfigError, match=r"evomerge\.db: the database cannot be opened"):
+        open_database(tmp_path)
+
+
+def test_a_storage_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file; a directory is needed"):
+        check_writable(tmp_path / "file" / "storage")
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder nobody can write")
+def test_a_storage_that_is_not_writable_is_refused() -> None:
+    with pytest.raises(ConfigError, match="storage: /proc/evomerge is not writable"):
+        check_writable(Path("/proc/evomerge"))
+
+
+def test_a_full_disk_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 100_000})()  # noqa: E731
+    monkeypatch.setattr("evomerge.database.shutil.disk_usage", usage)
+    with pytest.raises(ConfigError, match=r"is full: 0\.1 MB are free, 4 MB at least are needed"):
+        check_writable(tmp_path / "storage")
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_password_is_never_shown(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(ConfigError) as caught:
+        open_database(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(caught.value)
+    assert str(caught.value).startswith("postgresql+psycopg://me:***@127.0.0.1:1/none: ")
+
+
+def test_floats_come_back_bit_by_bit(log: EventLog, tmp_path: Path) -> None:
+    genome = [0.1 + 0.2, 5e-324, -0.0, math.pi * 1e300, 1 / 3]
+    log.append(*event.generation(0, {0: genome}), event.told(0, [(0, 2 / 3)]))
+    history = reopened(log, tmp_path).history
+    assert [gene.hex() for gene in history.genomes[0]] == [gene.hex() for gene in genome]
+    assert history.told == {0: [(0, 2 / 3)]}
+
+
+def test_the_history_while_writing_is_the_one_that_is_read(log: EventLog, tmp_path: Path) -> None:
+    log.append(event.begun({"study": {"models": ["m"]}, "tasks": ("a", "b")}))
+    log.append(event.opened(trials=9, asked_trials=8, process="1", engine_start=0.5))
+    log.append(*event.generation(0, {0: [0.5], 1: [0.25]}))
+    log.append(scored("trial 0", [result("a")]))
+    log.append(event.failed("trial 1", "search", "NaN", {"switch": 0.25}))
+    log.append(event.stopped("full", [("trial 1", "search")]))
+    log.append(event.finished({"source": "trial", "number": 0}, 9, {"log": 0.125}))
+    assert reopened(log, tmp_path).history == log.history
+    assert log.history.seconds == {"engine": 0.5, "generate": 0.1, "switch": 0.25, "log": 0.125}
+
+
+def test_a_unit_is_written_whole_or_not_at_all(log: EventLog, tmp_path: Path) -> None:
+    twice = scored("trial 0", [result("a"), result("b"), result("a")])
+    with pytest.raises(RunError, match="study study: writing failed"):
+        log.append(twice)
+    assert [count(tmp_path, table) for table in (events, answers, grades)] == [0, 0, 0]
+    assert log.history.scores == {}
+    log.append(scored("trial 0", [result("a"), result("b")]))
+    assert [count(tmp_path, table) for table in (events, answers, grades)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        scored("trial 0", [result("c")]),
+        event.generation(0, {7: [0.0]})[0],
+        event.generation(9, {0: [0.0]})[1],
+        event.told(0, [(0, 0.0)]),
+    ],
+    ids=["scored", "generation", "proposed", "told"],
+)
+def test_nothing_is_recorded_twice(log: EventLog, again: event.Event) -> None:
+    log.append(*event.generation(0, {0: [0.5]}), scored("trial 0", [result("a")]))
+    log.append(event.told(0, [(0, 0.5)]))
+    with pytest.raises(RunError) as caught:
+        log.append(again)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+
+
+def test_answers_that_no_database_takes_are_kept_with_marks(log: EventLog, tmp_path: Path) -> None:
+    log.append(scored("trial 0", [result("a", answer="x\0y \ud800 \U0001f600 é")]))
+    engine = open_database(tmp_path)
+    with engine.connect() as connection:
+        (row,) = read_rows(connection, 1, "trial 0")
+    engine.dispose()
+    assert row.answer == "x�y � \U0001f600 é"
+
+
+def test_the_score_is_the_mean_of_the_grades_there_are() -> None:
+    tenths = [result(str(index), 0.1) for index in range(10)]
+    assert mean_grade(tenths) == 0.1  # a plain sum of ten is 0.9999999999999999
+    assert mean_grade([result("a", 1.0), result("b", None), result("c", 0.0)]) == 0.5
+    assert mean_grade([result("a", None)]) is None
+
+
+def test_a_held_study_is_known_as_such_by_its_own_process(tmp_path: Path) -> None:
+    directory = tmp_path / "studies" / "s"
+    assert not is_held(directory)
+    with held(directory):
+        assert is_held(directory)
+        assert json.loads((directory / "owner").read_text())["pid"] == os.getpid()
+        (directory / "study.yaml").write_text("")
+    assert not is_held(directory)
+    assert (directory / "lock").exists()
+
+
+def test_the_folder_of_a_study_that_never_began_is_gone(tmp_path: Path) -> None:
+    with held(tmp_path / "storage" / "studies" / "s"):
+        pass
+    (tmp_path / "storage" / "studies" / "s" / "study.yaml").write_text("")
+    with pytest.raises(KeyError), held(tmp_path / "fresh" / "studies" / "s"):
+        raise KeyError
+    assert not (tmp_path / "fresh").exists()
+    with pytest.raises(KeyError), held(tmp_path / "storage" / "studies" / "s"):
+        raise KeyError
+    assert (tmp_path / "storage" / "studies" / "s" / "study.yaml").exists()
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    write_whole(path, "first\n")
+    write_whole(path, "second\n")
+    assert path.read_text() == "second\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
+    with pytest.raises(RunError, match="writing failed"):
+        write_whole(tmp_path / "absent" / "best.yaml", "")
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL server of this test's own."""
+    pgserver = pytest.importorskip("pgserver")
+    pytest.importorskip("psycopg")
+    server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+
+
+def test_a_search_with_postgresql_is_the_search_with_sqlite(
+    study: Callable[..., StudyConfig],
+    tmp_path: Path,
+    postgresql: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STUDIES_URL", postgresql)
+    asked = study(storage={"database_env": "STUDIES_URL"})
+    storage = tmp_path / "pg"
+    run_search(asked, storage=storage, open_evaluator=opener(), trials=12)
+    resumed = run_search(asked, storage=storage, open_evaluator=opener(), trials=24)
+    plain = run_search(study(), storage=tmp_path / "sqlite", open_evaluator=opener())
+    genomes = [trial["genome"] for trial in resumed.status["trials"]]
+    assert genomes == [trial["genome"] for trial in plain.status["trials"]]
+    assert resumed.status["outcome"] == plain.status["outcome"]
+    # By the storage alone: its study.yaml names the variable, not what is in it.
+    assert study_status(storage, "formula") == resumed.status
+    assert trial_recipe(storage, "formula") == plain.recipe
+    assert [listed["trials"] for listed in list_studies(storage)] == [24]
+    assert stored_names(storage) == ["formula"]
+    assert not (storage / "evomerge.db").exists()
+    assert postgresql not in (storage / "studies" / "formula" / "study.yaml").read_text()
+    monkeypatch.delenv("STUDIES_URL")
+    with pytest.raises(ConfigError, match="the variable STUDIES_URL is not set"):
+        study_status(storage, "formula")
