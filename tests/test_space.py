@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from evomerge.errors import ConfigError
@@ -51,6 +52,23 @@ def test_the_published_recipe_is_a_genome_and_made_from_it_again() -> None:
         line for line in PUBLISHED.read_text().splitlines(keepends=True) if not line.startswith("#")
     )
     assert searched.decode(genome).to_yaml() == published
+
+
+def test_the_preset_is_the_search_that_the_published_recipe_came_from() -> None:
+    preset = Path(__file__).parents[1] / "search_spaces" / "llm-jp-3-13b-task-arithmetic.yaml"
+    study = yaml.safe_load(preset.read_text())
+    searched = SearchSpace.build(
+        SpaceConfig.model_validate(study["search_space"]),
+        base_model=study["base_model"],
+        models=study["models"],
+        num_layers=40,
+        dtype=study["engine"]["dtype"],
+    )
+    assert searched.dimension == 20
+    recipe = searched.decode(searched.uniform(1.2951159694588346))
+    assert recipe.slices is not None
+    assert [source.layer_range for source in recipe.slices[19].sources] == [(38, 40), (38, 40)]
+    assert recipe.slices[0].sources[0].parameters == {"weight": 1.2951159694588346}
 
 
 def test_a_recipe_has_exactly_the_published_shape() -> None:

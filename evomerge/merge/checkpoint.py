@@ -24,6 +24,7 @@ from evomerge.errors import ConfigError, OutputExistsError, RunError
 if TYPE_CHECKING:
     from evomerge.merge.architecture import Architecture
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MARKER_FILE = ".evomerge-partial"
@@ -84,7 +85,7 @@ class Checkpoint:
         """
         if not directory.is_dir():
             raise ConfigError(f"{directory}: there is no such model directory")
-        config = _read_json(directory / "config.json")
+        config = _read_json(directory / CONFIG_FILE)
         single, index = directory / SINGLE_FILE, directory / INDEX_FILE
         if single.is_file():  # before an index, as transformers has it
             tensors = _read_headers(single)
@@ -183,7 +184,7 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     is there, not empty and not to be overwritten; ConfigError where it cannot be made.
     """
     directory = directory.absolute()
-    refuse_existing(directory, overwrite=overwrite)
+    _refuse_taken(directory, overwrite=overwrite)
     partial = directory.with_name(directory.name + ".partial")
     with ExitStack() as stack:
         try:
@@ -203,7 +204,16 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError where `directory` is a file, or holds something to be kept."""
+    """Raises OutputExistsError where `directory` is taken; `overwrite` replaces models alone."""
+    _refuse_taken(directory, overwrite=overwrite)
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+        raise OutputExistsError(
+            f"{directory}: is not empty and no model directory, so it is not replaced; "
+            "choose another name"
+        )
+
+
+def _refuse_taken(directory: Path, *, overwrite: bool) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputExistsError(f"{directory}: exists and is no folder; choose another name")
     if directory.is_dir() and not overwrite and any(directory.iterdir()):

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -49,6 +50,7 @@ _VOCABULARY_FILES = (
     "vocab.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "tekken.json",
 )
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

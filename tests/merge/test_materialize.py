@@ -195,6 +195,15 @@ def test_an_existing_folder_is_kept_and_only_replaced_on_request(
     assert read_recipe(out / "mergekit_config.yml") == task_arithmetic(llama, 1.0)
 
 
+def test_a_folder_that_holds_no_model_is_never_replaced(llama: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letters.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="no model directory, so it is not replaced"):
+        materialize(task_arithmetic(llama), home, overwrite=True)
+    assert os.listdir(home) == ["letters.txt"]
+
+
 def test_a_folder_that_is_taken_is_refused_before_any_model_is_opened(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("1")
@@ -211,6 +220,7 @@ def test_an_input_is_never_replaced(llama: Path, tmp_path: Path, place: str) -> 
     models.mkdir()
     base = tiny.variant(llama, models / "base", seed=0, scale=0.0)
     tiny.variant(llama, models / "expert", seed=1)
+    (models / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(models)
     for root in (models, tmp_path / "link"):
         out = root / place if place != "." else models
