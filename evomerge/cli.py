@@ -18,7 +18,7 @@ from evomerge.errors import ConfigError, EvomergeError, OutputExistsError
 from evomerge.resources import PresetKind, data_root, preset_names
 
 if TYPE_CHECKING:
-    from evomerge.report.export import Results
+    from evomerge.report.results import Results
     from evomerge.search.study import StudyConfig
 
 INTERRUPTED = 130
@@ -109,10 +109,12 @@ def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | Non
     """The search with its display; at the end its model, its report and the table."""
     from rich.console import Console
 
-    from evomerge.report.export import write_results
     from evomerge.report.progress import SearchDisplay
+    from evomerge.report.results import write_results
     from evomerge.search.evaluator import open_evaluator
     from evomerge.search.loop import run_search
+    from evomerge.search.storage import STUDY_FILE
+    from evomerge.search.study import study_directory
 
     try:
         with _stdout_for_results(), SearchDisplay(Console(stderr=True)) as display:
@@ -126,7 +128,9 @@ def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | Non
             )
             results = write_results(storage, config.study)
     except KeyboardInterrupt:
-        _say(f"interrupted; go on with: {_resume_command(config.study, storage)}")
+        begun = (study_directory(storage, config.study) / STUDY_FILE).exists()
+        going_on = f"go on with: {_resume_command(config.study, storage)}"
+        _say(f"interrupted; {going_on if begun else 'nothing had begun yet'}")
         raise typer.Exit(INTERRUPTED) from None
     _print_results(results)
 
@@ -167,7 +171,7 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a study's best recipe, or its model; the recipe to stdout where neither is named."""
-    from evomerge.report.export import export_model
+    from evomerge.report.results import export_model
     from evomerge.search.status import trial_recipe
 
     directory = storage_directory(storage)
@@ -311,7 +315,7 @@ def _stdout_for_results() -> Iterator[None]:
 def _print_results(results: Results) -> None:
     from rich.console import Console
 
-    from evomerge.report.export import time_split
+    from evomerge.report.results import time_split
     from evomerge.report.table import outcome_table
 
     Console().print(outcome_table(results.rows, results.tasks))

@@ -1,0 +1,201 @@
+"""What a study leaves: the model of its winner or of any trial, and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import ConfigError
+from evomerge.merge.inputs import InputModels
+from evomerge.merge.materialize import RECIPE_FILE, materialize
+from evomerge.recipe import Recipe
+from evomerge.report.card import CardModel, model_card
+from evomerge.report.table import Row, outcome_markdown, outcome_rows
+from evomerge.search.log import begun_with
+from evomerge.search.status import BEST_FILE, study_status, trial_recipe
+from evomerge.search.storage import open_log, write_whole
+from evomerge.search.study import study_directory
+
+MODEL_FOLDER = "model"
+REPORT_FILE = "report.md"
+
+_KINDS = {
+    "engine": "starting the engine",
+    "switch": "switching candidates",
+    "generate": "generation",
+    "score": "scoring",
+    "ask": "proposing and learning",
+    "log": "logging",
+    "other": "everything else",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a finished study leaves: its files, and what a terminal shows of them."""
+
+    config: Path
+    model: Path
+    report: Path
+    rows: list[Row]
+    tasks: tuple[int, int]
+    seconds: Mapping[str, float]
+
+
+def export_model(
+    storage: Path,
+    name: str,
+    out: Path,
+    number: int | None = None,
+    *,
+    title: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the model of a study's trial (None: the winner, else the best) to the folder `out`."""
+    recipe = trial_recipe(storage, name, number)
+    models = _known_models(storage, _begun(storage, name))
+    card = model_card(title or out.name, recipe, models, _origin(storage, name, number))
+    return materialize(recipe, out, extra_files={"README.md": card}, overwrite=overwrite)
+
+
+def write_results(storage: Path, name: str) -> Results:
+    """Writes the winner's model and the report of a finished study into its folder.
+
+    What is there and still true is left as it is. Raises ConfigError where the study is not
+    finished.
+    """
+    status, begun = study_status(storage, name), _begun(storage, name)
+    if status["outcome"] is None:
+        raise ConfigError(f"study {name} is {status['state']}: evomerge resume {name} finishes it")
+    directory = study_directory(storage, name).absolute()
+    recipe = trial_recipe(storage, name)
+    model = directory / MODEL_FOLDER
+    if not _is_model_of(model, recipe):
+        export_model(storage, name, model, title=name, overwrite=True)
+    results = Results(
+        config=directory / BEST_FILE,
+        model=model,
+        report=directory / REPORT_FILE,
+        rows=outcome_rows(status),
+        tasks=(len(begun["search_tasks"]), len(begun["holdout_tasks"])),
+        seconds=status["seconds"],
+    )
+    write_whole(results.report, _report(status, begun, results))
+    return results
+
+
+def time_split(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """(what, seconds, share of all) for everything that a search spent its time on."""
+    total = sum(seconds.values()) or 1.0
+    return [
+        (words, seconds[kind], seconds[kind] / total)
+        for kind, words in _KINDS.items()
+        if kind in seconds
+    ]
+
+
+def _begun(storage: Path, name: str) -> Mapping[str, Any]:
+    """What the study was when it began: its file's content, its models' folders, its tasks."""
+    log = open_log(storage, name)
+    if log is None:
+        raise ConfigError(f"{storage}: there is no study {name}")
+    with contextlib.closing(log):
+        return begun_with(log)
+
+
+def _known_models(storage: Path, begun: Mapping[str, Any]) -> dict[str, CardModel]:
+    """The models of a study by folder, as its file names them."""
+    study, space = begun["study"], begun["space"]
+    inputs = InputModels(storage, Path(begun["folder"]))
+    folders = (space["base_model"], *space["models"])
+    written = (study["base_model"], *study["models"])
+    return {
+        folder: CardModel(name, inputs.hub_ids(name))
+        for folder, name in zip(folders, written, strict=True)
+    }
+
+
+def _origin(storage: Path, name: str, number: int | None) -> str:
+    status = study_status(storage, name)
+    trial = "the winner" if number is None else f"trial {number}"
+    origin = f"It is {trial} of an evolutionary search over {len(status['trials'])} candidates"
+    outcome = status["outcome"]
+    if number is not None or outcome is None:
+        return f"{origin} (study `{name}`)."
+    scores = f"mean grade {outcome['search']['evolved']:.3f} on the tasks it was searched on"
+    if outcome["holdout"] is not None:
+        scores += f", {outcome['holdout']['evolved']:.3f} on held-out tasks"
+    return f"{origin} (study `{name}`): {scores}."
+
+
+def _is_model_of(model: Path, recipe: Recipe) -> bool:
+    """Whether the folder `model`, which exists only whole, was made from `recipe`."""
+    made_from = model / RECIPE_FILE
+    return made_from.is_file() and made_from.read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Results) -> str:
+    parts = [
+        f"# Study {status['study']}\n",
+        _summary(status, begun),
+        "## Scores\n\nMean grade; higher is better.\n",
+        outcome_markdown(results.rows, results.tasks),
+        _caution(results.tasks),
+        "## Where the time went\n",
+        _time_table(results.seconds),
+        "## How to repeat it\n",
+        _how_to_repeat(status, begun),
+        "## Files\n",
+        f"- `{BEST_FILE}`: the winner's recipe, a mergekit configuration\n"
+        f"- `{MODEL_FOLDER}/`: its model\n"
+        "- `study.yaml`: what was asked, with versions and seeds\n"
+        "- `optuna.journal`: every trial, for optuna-dashboard\n",
+    ]
+    return "\n".join(parts)
+
+
+def _summary(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
+    study = begun["study"]
+    models = ", ".join(f"`{name}`" for name in study["models"])
+    best = status["best"]
+    winner = f"trial {best['number']}" if best["source"] == "trial" else f"the {best['source']}"
+    failed = sum(trial["state"] == "failed" for trial in status["trials"])
+    lines = [
+        f"{study['search_space']['merge_method']} of {models} over `{study['base_model']}`, "
+        f"{len(status['trials'])} trials ({failed} failed) in generations of "
+        f"{begun['population']}, seed {study['sampler']['seed']}.",
+        f"The winner is {winner}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _caution(tasks: tuple[int, int]) -> str:
+    if tasks[1]:
+        return (
+            "The winner was chosen by its score on the search tasks, which is therefore biased "
+            "upward; the held-out tasks had no say in the search.\n"
+        )
+    return (
+        "The winner was chosen and is shown on the same tasks: its score is biased upward. "
+        "`holdout: 0.3` in the study file keeps tasks apart.\n"
+    )
+
+
+def _time_table(seconds: Mapping[str, float]) -> str:
+    rows = [
+        f"| {words} | {spent:.1f} | {share:.1%} |" for words, spent, share in time_split(seconds)
+    ]
+    return "\n".join(["| what | seconds | share |", "|---|---:|---:|", *rows]) + "\n"
+
+
+def _how_to_repeat(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in begun["versions"].items())
+    return (
+        f"With the file that the study came from ({shlex.quote(begun['folder'])}), in an empty "
+        f"storage:\n\n    evomerge search FILE --seed {begun['study']['sampler']['seed']} "
+        f"--trials {status['budget']['trials']}\n\nVersions: {versions}.\n"
+    )
