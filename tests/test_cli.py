@@ -225,7 +225,7 @@ def test_studies_are_listed(finished: Finished, tmp_path: Path) -> None:
 
 # Wrong input: exit status 2, one message, nothing left -----------------------------------------
 
-Break = Callable[[Path], None]
+Break = Callable[[Path], object]
 
 
 def study(**changes: Any) -> Break:
@@ -247,7 +247,7 @@ def study(**changes: Any) -> Break:
 
 
 def tasks(text: str) -> Break:
-    return lambda folder: (folder / "tasks.jsonl").write_text(text) and None
+    return lambda folder: (folder / "tasks.jsonl").write_text(text)
 
 
 def damaged(change: Callable[[Path], object]) -> Break:
@@ -327,7 +327,7 @@ BAD_STUDIES: dict[str, tuple[Break, list[str]]] = {
         study(budget={"trials": 3}),
         ["study.yaml: budget.trials: 3", "4"],
     ),
-    "no YAML": (lambda folder: (folder / "study.yaml").write_text("a: [") and None, ["study.yaml"]),
+    "no YAML": (lambda folder: (folder / "study.yaml").write_text("a: ["), ["study.yaml"]),
 }
 
 
@@ -345,9 +345,7 @@ def test_a_bad_study_ends_with_one_message_and_leaves_nothing(case: str, here: P
 
 
 def recipe(**changes: Any) -> Break:
-    return lambda folder: (
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes)) and None
-    )
+    return lambda folder: (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
 
 
 def slices(*ranges: tuple[list[int], list[int]]) -> list[dict[str, Any]]:
@@ -378,10 +376,10 @@ BAD_RECIPES: dict[str, tuple[Break, list[str]]] = {
         ["none", "neither a folder", "owner/name"],
     ),
     "output folder taken": (
-        lambda folder: shutil.copytree(folder / "base", folder / "out") and None,
+        lambda folder: shutil.copytree(folder / "base", folder / "out"),
         ["out: exists and is not empty", "--overwrite"],
     ),
-    "output is a file": (lambda folder: (folder / "out").write_text("x") and None, ["out: exists"]),
+    "output is a file": (lambda folder: (folder / "out").write_text("x"), ["out: exists"]),
     "no such recipe": (lambda folder: (folder / "recipe.yaml").unlink(), ["recipe.yaml"]),
 }
 

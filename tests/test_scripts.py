@@ -1,0 +1,89 @@
+"""The launchers: that they parse, and that a job near its time limit goes back into the queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SLURM = ROOT / "scripts" / "slurm_search.sh"
+
+# A search that runs until it is interrupted, as `evomerge search` does.
+SEARCH = """#!{python}
+import pathlib, sys, time
+pathlib.Path("asked").write_text(" ".join(sys.argv[1:]))
+try:
+    time.sleep({seconds})
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def slurm_job(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    """The job script with a stand-in for the search and Slurm's own command beside it."""
+    commands = {
+        "search": SEARCH.format(python=sys.executable, seconds=seconds),
+        "scontrol": '#!/bin/sh\necho "$@" > requeued\n',
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "EVOMERGE": str(folder / "search"),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+    }
+    return subprocess.Popen(
+        ["bash", str(SLURM), "study.yaml", "--trials", "9"],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_a_job_near_its_time_limit_is_interrupted_and_requeued(tmp_path: Path) -> None:
+    with slurm_job(tmp_path, seconds=60) as job:
+        assert wait_for(tmp_path / "asked") == "search study.yaml --trials 9"
+        job.send_signal(signal.SIGUSR1)
+        told = job.communicate()[1]
+    assert job.returncode == 130
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert "putting job 17 back into the queue" in told
+
+
+def test_a_preempted_job_is_interrupted_and_left_to_slurm(tmp_path: Path) -> None:
+    with slurm_job(tmp_path, seconds=60) as job:
+        wait_for(tmp_path / "asked")
+        job.send_signal(signal.SIGTERM)
+        job.communicate()
+    assert job.returncode == 130
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path: Path) -> None:
+    with slurm_job(tmp_path, seconds=0) as job:
+        job.communicate()
+    assert job.returncode == 0
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("script", [SLURM, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_shell_scripts_parse_and_can_be_run(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
