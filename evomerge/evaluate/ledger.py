@@ -43,19 +43,28 @@ class LedgerRow:
 
 def record(
     connection: sql.Connection,
-    study_id: int | None,
-    event_id: int | None,
+    study_id: int,
+    event_id: int,
     unit: UnitKey,
     results: Sequence[TaskResult],
 ) -> None:
-    """Writes a unit's answers and grades, within the caller's transaction."""
+    """Writes the answers and grades of the unit that event `event_id` ends.
+
+    Within the caller's transaction, so that they are there with the event or not at all.
+    """
     rows = [_answer_row(study_id, event_id, unit, result) for result in results]
-    inserted = connection.execute(
-        sql.insert(answers).returning(answers.c.id, sort_by_parameter_order=True), rows
-    ).scalars()
+    connection.execute(sql.insert(answers), rows)
+    # Read back by task: RETURNING would make SQLAlchemy send 100 answers to SQLite one by one.
+    query = sql.select(answers.c.task, answers.c.id).where(answers.c.event_id == event_id)
+    ids = {row.task: row.id for row in connection.execute(query)}
     graded = [
-        {"answer_id": answer_id, "scorer": unit.scorer, "grade": result.grade, "reply": None}
-        for answer_id, result in zip(inserted, results, strict=True)
+        {
+            "answer_id": ids[result.task_id],
+            "scorer": unit.scorer,
+            "grade": result.grade,
+            "reply": None,
+        }
+        for result in results
     ]
     connection.execute(sql.insert(grades), graded)
 
@@ -106,7 +115,7 @@ def read_rows(connection: sql.Connection, study_id: int, candidate: str) -> list
 
 
 def _answer_row(
-    study_id: int | None, event_id: int | None, unit: UnitKey, result: TaskResult
+    study_id: int, event_id: int, unit: UnitKey, result: TaskResult
 ) -> dict[str, object]:
     return {
         "study_id": study_id,
@@ -129,6 +138,7 @@ def _storable(text: str) -> str:
 
     PostgreSQL refuses the first, every driver the second; a broken merge may well write them.
     """
-    return (
-        text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    )
+    if text.isascii() and "\0" not in text:
+        return text
+    marked = text.replace("\0", "\ufffd")
+    return marked.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
