@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
         *("merge", "engine", "evaluate"),
     },
     "report": {"errors", "recipe", "space", "merge", "evaluate", "search"},
+    "__main__": {"cli"},
     "cli": {"errors", "resources", "recipe", "merge", "search", "report"},
 }
 
