@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
 
+__all__ = ["Engine", "EngineConfig", "open_engine", "vllm_is_installed"]
+
 
 def open_engine(name: str, config: EngineConfig) -> Engine:
     """The engine `name` ("vllm" or "transformers"), started with `config`.

@@ -56,7 +56,9 @@ class EngineConfig:
     `sources` are the local directories that recipes may name. `options` go to the engine's own
     constructor as they are (for vLLM: its engine arguments). `load` says how a candidate comes in:
     "live" into the running engine wherever it can, "disk" always by way of a model directory under
-    `scratch`. `url` is the address of a running server to use instead of an engine of our own.
+    `scratch`. `threads` bounds the CPU threads of this process or an engine's own (None: one per
+    core); models of a few million parameters run faster with one. `url` is the address of a running
+    server to use instead of an engine of our own.
     """
 
     model: str
@@ -65,6 +67,7 @@ class EngineConfig:
     repeatable: bool = True
     load: Literal["live", "disk"] = "live"
     scratch: str | None = None
+    threads: int | None = None
     url: str | None = None
     trust_remote_code: bool = False
     options: Mapping[str, object] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class View:
 
 @dataclass
 class Residency:
-    """The declared source checkpoints of one engine worker, and their tensors as a merge reads them.
+    """The declared sources of one engine worker, and their tensors as a merge reads them.
 
     Every part is decided on once, at its first use: on a GPU it stays in device memory while
     `device_bytes` last, then in pinned host memory while `pinned_bytes` last, else it remains a

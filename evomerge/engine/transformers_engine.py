@@ -33,6 +33,8 @@ class TransformersEngine(Engine):
         self.planner = Planner(config.model, config.sources, config.dtype)
         self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.model = self._open(config.model)
         elements = sum(parameter.numel() for parameter in self.model.parameters())
         self._compiled = compile_pays(elements, self.device)
@@ -56,7 +58,8 @@ class TransformersEngine(Engine):
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"transformers does not load {directory}: {error}") from error
-        return model.to(device=self.device).eval()
+        moved: Any = model
+        return moved.to(self.device).eval()
 
     def _obstacle(self, plan: MergePlan) -> str | None:
         if obstacle := self.planner.obstacle(plan):

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import Planner, update_message
 from evomerge.engine.tokenizer import Tokenizer
@@ -40,6 +42,8 @@ class VLLMEngine(Engine):
         self._llm = None if self._on_disk else self._start(config.model, live=True)
 
     def _start(self, directory: str, *, live: bool) -> Any:
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
         with environment(engine_variables(self.config)):
             from vllm import LLM
 
@@ -152,6 +156,12 @@ class VLLMEngine(Engine):
         except (RuntimeError, MemoryError) as error:
             raise EngineDiedError(f"vLLM failed while generating: {error}") from error
 
+    def parameter_checksums(self) -> list[dict[str, str]]:
+        """Per worker the SHA-256 of every live parameter's bytes, as vLLM itself computes it."""
+        assert self._llm is not None
+        checksums: list[dict[str, str]] = self._llm.collective_rpc("compute_weight_checksums")
+        return checksums
+
     def _stop(self) -> None:
         if self._llm is not None:
             with contextlib.suppress(Exception):  # it may be dead already
@@ -184,8 +194,13 @@ def candidate_errors() -> Iterator[None]:
 
 def engine_variables(config: EngineConfig) -> dict[str, str]:
     """The environment variables that vLLM reads at its start, for what has no argument."""
-    return {
+    threads = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    return threads | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.repeatable else "1",
+        # Pinned threads of engines (or of anything else) that share a core wait for each other.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # A forked engine would inherit this process's locks and its half-used thread pool.
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -223,6 +238,4 @@ def engine_arguments(config: EngineConfig, directory: str, *, live: bool) -> dic
 
 def has_gpu() -> bool:
     """Whether torch sees a CUDA device."""
-    import torch
-
     return bool(torch.cuda.is_available())

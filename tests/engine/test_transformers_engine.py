@@ -1,0 +1,73 @@
+"""The transformers engine, in place, against transformers' own model loaded from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evomerge.engine import EngineConfig, open_engine
+from evomerge.engine.base import GenerationSettings
+from evomerge.errors import CandidateError, ConfigError
+from evomerge.merge.materialize import materialize
+from evomerge.recipe import recipe_from_mapping
+from tests import tiny
+from tests.engine.conftest import PROMPTS, WRITERS, answers, make_family, start
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_in_place_merges_equal_the_model_on_disk(kind: str, tmp_path: Path) -> None:
+    family = make_family(kind, tmp_path)
+    recipes = [family.recipe(seed) for seed in range(2)]
+    states = []
+    with family.open("transformers") as engine:
+        for number in (0, 1, 0):
+            assert engine.load(recipes[number]).how == "live"
+            scored = engine.log_probabilities(PROMPTS, add_special_tokens=True)
+            states.append((answers(engine), scored))
+    assert states[0] == states[2] != states[1]
+    materialize(recipes[0], tmp_path / "merged")
+    with start("transformers", tmp_path / "merged", []) as fresh:
+        scored = fresh.log_probabilities(PROMPTS, add_special_tokens=True)
+        assert (answers(fresh), scored) == states[0]
+
+
+def test_another_layer_count_is_loaded_from_disk(tmp_path: Path) -> None:
+    family = make_family("llama", tmp_path)
+    sources = [{"sources": [{"model": str(family.base), "layer_range": [0, 2]}]}] * 3
+    mapping = {"merge_method": "passthrough", "slices": sources, "dtype": "bfloat16"}
+    recipe = recipe_from_mapping(mapping, "test")
+    with start("transformers", family.base, [], scratch=tmp_path / "scratch") as engine:
+        assert engine.supports(recipe) is not None
+        assert engine.load(recipe).how == "disk"
+        assert len(answers(engine)) == len(PROMPTS)
+
+
+def test_stop_strings_end_an_answer_and_are_not_in_it(tmp_path: Path) -> None:
+    family = make_family("llama", tmp_path)
+    with family.open("transformers") as engine:
+        whole = engine.generate(PROMPTS[:1], GenerationSettings(12), add_special_tokens=True)[0]
+        stop = whole.text[3:5]
+        settings = GenerationSettings(12, stop=(stop,))
+        cut = engine.generate(PROMPTS[:1], settings, add_special_tokens=True)[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+def test_nan_fails_the_candidate(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", layers=4)
+    broken = tiny.variant(base, tmp_path / "broken", seed=1)
+    tiny.rewrite(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    mapping = {"merge_method": "passthrough", "models": [{"model": str(broken)}]}
+    with start("transformers", base, [str(broken)]) as engine, pytest.raises(CandidateError):
+        engine.load(recipe_from_mapping(mapping, "test"))
+
+
+def test_unknown_engines_and_options_are_named(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", layers=2)
+    with pytest.raises(ConfigError, match=r"'sglang'.*'vllm' and 'transformers'"):
+        open_engine("sglang", EngineConfig(str(base), ()))
+    with pytest.raises(ConfigError, match=r"block_size.*max_model_len"):
+        start("transformers", base, [], block_size=16)

@@ -1,0 +1,132 @@
+"""The same live merges with vLLM in a process of its own, on two ranks, and behind HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from evomerge.engine import EngineConfig, open_engine
+from evomerge.engine.vllm_engine import VLLMEngine
+from evomerge.errors import ConfigError
+from evomerge.merge.materialize import materialize
+from tests.engine.conftest import OPTIONS, SETTINGS, Family, answers_one_by_one, start
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_engines_in_processes_of_their_own_are_the_model_on_disk(
+    ranks: int, family: Family, tmp_path: Path
+) -> None:
+    recipes = [family.recipe(seed) for seed in range(2)]
+    with family.open(repeatable=False, tensor_parallel_size=ranks) as engine:
+        assert isinstance(engine, VLLMEngine)
+        states = []
+        for number in (0, 1, 0):
+            engine.load(recipes[number])
+            states.append((engine.parameter_checksums(), answers_one_by_one(engine)))
+    assert states[0] == states[2] != states[1]
+    assert len(states[0][0]) == ranks
+    materialize(recipes[0], tmp_path / "merged")
+    with start(
+        "vllm", tmp_path / "merged", [], repeatable=False, tensor_parallel_size=ranks
+    ) as fresh:
+        assert isinstance(fresh, VLLMEngine)
+        assert (fresh.parameter_checksums(), answers_one_by_one(fresh)) == states[0]
+
+
+@pytest.fixture(scope="module")
+def server(family: Family) -> Iterator[str]:
+    """The address of an ordinary vLLM server whose environment has evomerge installed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = {
+        "--model": str(family.base),
+        "--dtype": "bfloat16",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--max-model-len": str(OPTIONS["max_model_len"]),
+        "--kv-cache-memory-bytes": str(OPTIONS["kv_cache_memory_bytes"]),
+        "--weight-transfer-config": json.dumps({"backend": "evomerge"}),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    process = subprocess.Popen(
+        [*command, *(word for pair in arguments.items() for word in pair)],
+        env=os.environ
+        | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "EVOMERGE_MODELS": os.pathsep.join(map(str, family.tuned)),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        },
+    )
+    try:
+        yield _ready(f"http://127.0.0.1:{port}", process)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _ready(url: str, process: subprocess.Popen[bytes]) -> str:
+    for _ in range(600):
+        assert process.poll() is None, "the server ended before it was ready"
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return url
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError("the server was not ready after five minutes")
+
+
+def test_a_server_is_the_model_on_disk(server: str, family: Family, tmp_path: Path) -> None:
+    sources = tuple(map(str, family.tuned))
+    recipes = [family.recipe(seed) for seed in range(2)]
+    states = []
+    config = EngineConfig(str(family.base), sources, url=server)
+    with open_engine("vllm", config) as engine:
+        for number in (0, 1, 0):
+            engine.load(recipes[number])
+            states.append((_checksums(server), answers_one_by_one(engine)))
+        written = engine.generate(["One"], SETTINGS, add_special_tokens=True)
+        assert written[0].version == engine.load(recipes[0]).version
+    assert states[0] == states[2] != states[1]
+    materialize(recipes[0], tmp_path / "merged")
+    with start("vllm", tmp_path / "merged", []) as fresh:
+        assert isinstance(fresh, VLLMEngine)
+        (checksums,) = fresh.parameter_checksums()
+        assert list(states[0][0].values()) == list(checksums.values())
+        assert answers_one_by_one(fresh) == states[0][1]
+
+
+def _checksums(server: str) -> dict[str, str]:
+    answer = httpx.post(f"{server}/weight_checker", json={"action": "checksum"}, timeout=60)
+    checksums: dict[str, str] = answer.raise_for_status().json()["checksums"]
+    return checksums
+
+
+def test_a_server_opens_only_what_it_was_started_with(server: str, family: Family) -> None:
+    sources = (*map(str, family.tuned), str(family.base.parent))
+    answer = httpx.post(
+        f"{server}/init_weight_transfer_engine",
+        json={"init_info": {"models": list(sources)}},
+        timeout=60,
+    )
+    assert not answer.is_success
+
+
+def test_a_server_that_does_not_answer_is_one_clear_error(family: Family) -> None:
+    config = EngineConfig(str(family.base), (), url="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9.*VLLM_SERVER_DEV_MODE"):
+        open_engine("vllm", config)
