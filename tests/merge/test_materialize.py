@@ -17,6 +17,9 @@ from evomerge.recipe import Recipe, read_recipe, recipe_from_mapping
 from evomerge.space import SearchSpace, SpaceConfig
 from tests import tiny
 
+# On a machine with other work a second thread of torch waits for the first one for seconds.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 MAKERS = {
     "llama": (tiny.llama, {"layers": 4, "chat": True}),
     "llama tied": (tiny.llama, {"layers": 4, "tied": True}),
@@ -283,7 +286,9 @@ def test_an_interrupted_merge_leaves_no_model_directory(llama: Path, tmp_path: P
     )
     out = tmp_path / "out"
     ended = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), str(out)], check=False
+        [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), str(out)],
+        check=False,
+        env=ONE_THREAD,
     )
     assert ended.returncode == -9
     assert not out.exists()
@@ -327,6 +332,7 @@ def test_a_merge_needs_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, "-c", script, str(recipe), str(tmp_path / "out")],
         check=True,
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
     )
