@@ -60,7 +60,7 @@ class SearchDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[best]}"),
             console=self._console,
-            refresh_per_second=4,  # the engine shares this process: ten times a second cost it 2 %
+            refresh_per_second=4,  # the engine shares this process
         )
         self._task = self._bar.add_task("trials", total=story.total, completed=story.done, best="")
         self._bar.start()
