@@ -18,8 +18,9 @@ from torch import Tensor
 
 from evomerge.merge.methods import METHODS, Method
 
-# Three float32 temporaries of a chunk fit into a core's second-level cache (1–2 MB).
-CHUNK_ELEMENTS_CPU = 1 << 16
+# The float32 temporaries of a chunk fit into a core's second-level cache, and torch does not split
+# so few elements over threads: on busy cores those wait for each other (0.1 s against up to 9 s).
+CHUNK_ELEMENTS_CPU = 1 << 15
 CHUNK_ELEMENTS_GPU = 1 << 24
 # Below this many output elements a whole eager merge takes less than compiling would save in a
 # search of some hundred candidates.
