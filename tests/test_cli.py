@@ -499,6 +499,24 @@ def test_an_interrupted_search_exits_130_and_says_how_to_go_on(here: Path) -> No
     assert status["state"] == "interrupted"
 
 
+def test_a_hub_that_cannot_be_reached_is_named(here: Path) -> None:
+    """In a process of its own: the hub's address is read when its client is imported."""
+    study(base_model="owner/name")(here)
+    before = tree(here)
+    ran = subprocess.run(
+        [sys.executable, "-m", "evomerge", "search", "study.yaml"],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "study.yaml: base_model: owner/name: not a folder here" in ran.stderr
+    assert "hub does not answer" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert tree(here) == before
+
+
 # The rest ---------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,12 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from evomerge.errors import ConfigError
-from evomerge.merge.checkpoint import Checkpoint, published
+from evomerge.merge.checkpoint import Checkpoint, disk_failure, published
 from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
@@ -183,18 +184,22 @@ def _check_has_tokenizer(model: Path) -> None:
 
 def _dequantise(path: Path, out: Path, dtype: str) -> None:
     """Writes the GGUF file's model and tokenizer to `out`, by transformers' own reading of it."""
-    try:
-        import gguf  # noqa: F401 - transformers asks for it in a long message of its own
-    except ImportError as error:
+    if find_spec("gguf") is None:
         raise ConfigError(
-            f"{path}: reading GGUF files needs two more packages: pip install evomerge[gguf]"
-        ) from error
+            f"{path}: reading GGUF files needs two more packages: pip install 'evomerge[gguf]'"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantised = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-    )
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (
+        Exception
+    ) as error:  # whatever the reader meets in a file that is broken or unknown to it
+        raise ConfigError(f"{path}: cannot be read as GGUF: {_first_line(error)}") from error
     # transformers refuses to save a model that it read from GGUF, so a plain one takes its weights.
     config = copy.deepcopy(quantised.config)
     del config.quantization_config
@@ -203,8 +208,11 @@ def _dequantise(path: Path, out: Path, dtype: str) -> None:
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise disk_failure(out, error) from error
 
 
 def _ask_hub(name: str, revision: str | None, seconds: float) -> tuple[str, list[str]]:

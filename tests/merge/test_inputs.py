@@ -14,11 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from evomerge.errors import ConfigError
 from evomerge.merge.inputs import InputModels
 from tests import tiny
 
+QUERY = "model.layers.0.self_attn.q_proj"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 RESOLVE = """
@@ -92,6 +96,49 @@ def test_an_adapter_is_a_folder_with_its_configuration(model: Path, tmp_path: Pa
     assert not (tmp_path / "storage").exists()
 
 
+def test_an_adapted_model_is_made_once_and_again_when_the_adapter_changes(
+    model: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    inputs = InputModels(tmp_path / "storage", folder=model.parent, say=said.append)
+    lora = write_adapter(tmp_path / "lora", seed=1)
+    first = inputs.resolve(f"base+{lora}")
+    assert first.parent == tmp_path / "storage" / "input_models"
+    assert first.name.startswith("base-lora_")
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert inputs.resolve(f"{model}+{lora}") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert len(said) == 1
+    write_adapter(lora, seed=2)
+    second = inputs.resolve(f"base+{lora}")
+    assert second != first
+    plain, adapted = tiny.read_tensors(model), tiny.read_tensors(second)
+    changed = [name for name in plain if not torch.equal(plain[name], adapted[name])]
+    assert changed == [f"{QUERY}.weight"]
+
+
+def test_a_gguf_file_becomes_its_model_once(model: Path, tmp_path: Path) -> None:
+    file = write_gguf(model, tmp_path / "tiny.gguf")
+    said: list[str] = []
+    inputs = InputModels(tmp_path / "storage", dtype="bfloat16", say=said.append)
+    made = inputs.resolve(str(file))
+    assert made.name.startswith("tiny_")
+    assert inputs.resolve(str(file)) == made
+    assert len(said) == 1
+    expected, found = tiny.read_tensors(model), tiny.read_tensors(made)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    assert AutoTokenizer.from_pretrained(made).tokenize("ab c") == ["ab", "Ġ", "c"]
+
+
+def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(ConfigError, match=r"broken\.gguf: cannot be read as GGUF"):
+        InputModels(tmp_path / "storage", folder=tmp_path).resolve("broken.gguf")
+    assert list((tmp_path / "storage" / "input_models").iterdir()) == []
+
+
 def test_hub_repositories_of_a_reference_are_named_without_revision(
     model: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +184,57 @@ def test_a_hub_that_never_answers_is_given_up_once_for_all(tmp_path: Path) -> No
     )
     assert second == "ConfigError c/d: not a folder here, and the hub did not answer before"
     assert not (tmp_path / "storage").exists()
+
+
+def write_adapter(directory: Path, seed: int) -> Path:
+    """A LoRA of rank 2 on one module, as PEFT saves it."""
+    directory.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"base_model.model.{QUERY}.lora_A.weight": torch.randn(2, 128, generator=generator),
+        f"base_model.model.{QUERY}.lora_B.weight": torch.randn(128, 2, generator=generator),
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_gguf(model: Path, file: Path) -> Path:
+    """A tiny Llama as llama.cpp's converter writes one: float32, q and k rows interleaved."""
+    gguf = pytest.importorskip("gguf")
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(vocabulary, key=lambda token: int(vocabulary[token]))
+    writer.add_token_list([*tokens[:-1], "ab"])
+    writer.add_token_types([3] * 5 + [1] * 256)  # 3: control, 1: normal
+    writer.add_token_merges(["a b"])
+    for kind, token in (("bos", 1), ("eos", 2), ("pad", 0)):
+        getattr(writer, f"add_{kind}_token_id")(token)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, tensor in tiny.read_tensors(model).items():
+        count = heads.get(name.split(".")[-2])
+        rows = tensor.float()
+        if count:
+            rows = rows.reshape(count, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), rows.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def resolve(storage: Path, endpoint: str, *references: str) -> subprocess.CompletedProcess[str]:
