@@ -129,7 +129,7 @@ def install_torch_cpu() -> bool:
         return True
     say(f"not in the configured places; asking {TORCH_CPU_WHEELS}")
     brief = ("--timeout", "10", "--retries", "0")
-    return pip_works("install", wanted, "-i", TORCH_CPU_WHEELS, *brief)
+    return pip_works("install", "--no-deps", wanted, "-i", TORCH_CPU_WHEELS, *brief)
 
 
 def install_with_vllm(extra: str, build: str) -> None:
