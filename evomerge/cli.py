@@ -80,12 +80,18 @@ def search(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="The seed, instead of the file's.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The study's name, instead of the file's.")
+    ] = None,
     trust_code: TrustOption = False,
 ) -> None:
     """Run a study, or go on where it stopped."""
-    from evomerge.search.study import read_study
+    from evomerge.search.study import check_study_name, read_study
 
     config = read_study(study, trust_code=trust_code)
+    if name is not None:
+        check_study_name(name)
+        config = config.model_copy(update={"study": name})
     _run(config, storage_directory(storage, config.storage.directory), trials, seed)
 
 
