@@ -37,11 +37,19 @@ from evomerge.search.samplers import CmaEs, Sampler, Told
 from evomerge.search.status import (
     BEST_FILE,
     Best,
+    best_so_far,
     best_trial,
     choose_winner,
     status_of,
 )
-from evomerge.search.storage import database_url, held, write_study_file, write_whole
+from evomerge.search.storage import (
+    STUDY_FILE,
+    database_env_of,
+    database_url,
+    held,
+    study_file_text,
+    write_whole,
+)
 from evomerge.search.story import Measured, Said, Started, Story
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.search.timing import Stopwatch
@@ -104,10 +112,12 @@ def run_search(
         check_budget(config, study.population, total)
         if log is None or not _is_finished(history, study, total):
             bench = stack.enter_context(_Bench.opened(open_evaluator, study, report))
-            # Only now, so that an engine that does not start leaves no database behind.
-            log = log or EventLog(_open_database(config, storage), study.name)
+            if log is None:
+                # Only now, so that an engine that does not start leaves no database behind.
+                log = EventLog(_open_database(config, storage), study.name)
+                stack.callback(log.close)
             _Search(study, config, log, bench, report).run(total)
-        log.close()
+        _write_files(study, log.history)
         return _outcome(study, log.history)
 
 
@@ -225,10 +235,10 @@ class _Search:
         with self._watch.measure("log"):
             new = [] if self._log.exists else [self._begun()]
             self._log.append(*new, self._opened())
-            assert self._history.begun is not None
-            write_study_file(self._study.directory, self._history.begun)
-            self._publish_best()
+            _write_files(self._study, self._history)
         study = self._study
+        for line in _other_versions(self._history):
+            self._report(Said(line))
         self._report(
             Started(
                 study=study.name,
@@ -345,7 +355,7 @@ class _Search:
         self._write(event)
         if best_trial(self._history) != before:
             with self._watch.measure("log"):
-                self._publish_best()
+                _write_files(self._study, self._history)
         self._report(self._story(candidate, part, number, generation))
 
     def _write(self, event: events.Event) -> None:
@@ -412,19 +422,8 @@ class _Search:
         if self._study.holdout_tasks:
             self._measure_all(baselines(self._study.space), "holdout")
             self._measure(self._candidate(winner.label), "holdout")
-        with self._watch.measure("log"):
-            self._write_best(winner)
         payload = {"source": winner.source, "number": winner.number, "candidate": winner.label}
         self._log.append(events.finished(payload, self._total, self._watch.take()))
-
-    def _publish_best(self) -> None:
-        best = best_trial(self._history)
-        if best is not None:
-            self._write_best(best)
-
-    def _write_best(self, best: Best) -> None:
-        recipe = self._candidate(best.label).recipe
-        write_whole(self._study.directory / BEST_FILE, recipe.to_yaml())
 
     def _candidate(self, label: str) -> Candidate:
         return candidate_of(self._study.space, self._history.genomes, label)
@@ -523,7 +522,19 @@ def _total(config: StudyConfig, history: History, trials: int | None) -> int:
 
 
 def _log_if_any(config: StudyConfig, storage: Path) -> EventLog | None:
-    """The log, unless there is no database yet that the study could be in."""
+    """The log, unless there is no database yet that the study could be in.
+
+    Raises ConfigError where the study began in another database than the one it names now.
+    """
+    directory = study_directory(storage, config.study)
+    if (directory / STUDY_FILE).exists():
+        before, now = database_env_of(directory), config.storage.database_env
+        if before != now:
+            raise ConfigError(
+                f"{config.where}: storage.database_env: study {config.study} began in the "
+                f"database of {before or 'its storage directory'}, not of "
+                f"{now or 'the storage directory'}; put it back, or give this study another name"
+            )
     if config.storage.database_env is None and not has_database(storage):
         return None
     return EventLog(_open_database(config, storage), config.study)
@@ -567,6 +578,16 @@ def _begun_payload(study: ResolvedStudy, asked: StudyConfig) -> dict[str, Any]:
     }
 
 
+def _write_files(study: ResolvedStudy, history: History) -> None:
+    """study.yaml and best_config.yaml as the log has them; files that are so already stay."""
+    assert history.begun is not None
+    write_whole(study.directory / STUDY_FILE, study_file_text(history.begun))
+    best = best_so_far(history)
+    if best is not None:
+        recipe = candidate_of(study.space, history.genomes, best.label).recipe
+        write_whole(study.directory / BEST_FILE, recipe.to_yaml())
+
+
 def _versions() -> dict[str, str]:
     """Of Python and of the packages that have a say in answers and proposals."""
     found = {"python": platform.python_version()}
@@ -574,6 +595,18 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _other_versions(history: History) -> list[str]:
+    """A line for each package that is not of the version that the study began with."""
+    before = history.begun["versions"] if history.begun else {}
+    now = _versions()
+    return [
+        f"{package} was {before.get(package, 'absent')} when the study began and is "
+        f"{now.get(package, 'absent')} now: answers and proposals may differ from an unbroken run's"
+        for package in dict.fromkeys((*before, *now))
+        if before.get(package) != now.get(package)
+    ]
 
 
 def _outcome(study: ResolvedStudy, history: History) -> Outcome:

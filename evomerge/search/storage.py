@@ -40,7 +40,7 @@ def database_url(database_env: str | None, environment: Mapping[str, str]) -> st
 
 def open_log(storage: Path, name: str) -> EventLog | None:
     """The log of study `name`, wherever its study.yaml says it is; None where there is none."""
-    asked = _storage_of(study_directory(storage, name))
+    asked = database_env_of(study_directory(storage, name))
     if asked is None and not has_database(storage):
         return None
     url = database_url(asked, os.environ)
@@ -105,8 +105,10 @@ def is_held(directory: Path) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces the file `path` by one with `text`; no moment shows a part of it."""
+    """Replaces the file `path` by one with `text`, unless it says so; no moment shows a part."""
     with stops_the_run(str(path)):
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -121,12 +123,23 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
-def write_study_file(directory: Path, begun: Mapping[str, Any]) -> None:
-    """Writes study.yaml, what was asked and resolved, unless it is there."""
-    path = directory / STUDY_FILE
-    if not path.exists():
-        text = yaml.safe_dump(dict(begun), sort_keys=False, allow_unicode=True, width=100)
-        write_whole(path, f"# What this study was asked and found; kept for the reader.\n{text}")
+def study_file_text(begun: Mapping[str, Any]) -> str:
+    """What study.yaml says: what was asked and resolved, with versions and seeds."""
+    text = yaml.safe_dump(dict(begun), sort_keys=False, allow_unicode=True, width=100)
+    return f"# What this study was asked and found; kept for the reader.\n{text}"
+
+
+def database_env_of(directory: Path) -> str | None:
+    """The variable with the URL of the database that holds the study in `directory`, if any."""
+    try:
+        content = yaml.safe_load((directory / STUDY_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    try:
+        name = content["study"]["storage"]["database_env"]
+    except (KeyError, TypeError):
+        return None
+    return str(name)
 
 
 def _lock(handle: int, directory: Path) -> None:
@@ -186,16 +199,3 @@ def _leave_nothing(directory: Path, made: Sequence[Path]) -> None:
         (directory / _LOCK).unlink()
         for folder in made:
             folder.rmdir()  # refuses a folder that holds anything: then it stays
-
-
-def _storage_of(directory: Path) -> str | None:
-    """The variable with the URL of the database that holds the study in `directory`, if any."""
-    try:
-        content = yaml.safe_load((directory / STUDY_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    try:
-        name = content["study"]["storage"]["database_env"]
-    except (KeyError, TypeError):
-        return None
-    return str(name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +348,45 @@ def test_best_config_is_the_best_so_far_at_every_moment(study: Study, storage: P
     run_search(study(), storage=storage, open_evaluator=opener(), report=compare)
     assert len(seen) == 24 + 5  # the trials, and five candidates on the held-out tasks
     assert all(seen)
+
+
+def test_files_that_are_gone_or_spoiled_are_made_again_from_the_log(
+    study: Study, storage: Path
+) -> None:
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=12)
+    directory = storage / "studies" / "formula"
+    before = {path.name: path.read_bytes() for path in directory.glob("*.yaml")}
+    assert sorted(before) == ["best_config.yaml", "study.yaml"]
+    (directory / "best_config.yaml").write_text("spoiled")
+    (directory / "study.yaml").unlink()
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=12)
+    assert {path.name: path.read_bytes() for path in directory.glob("*.yaml")} == before
+    shutil.rmtree(directory)
+    outcome = run_search(study(), storage=storage, open_evaluator=opener(), trials=18)
+    assert len(outcome.status["trials"]) == 18
+    assert read_recipe(directory / "best_config.yaml") == outcome.recipe
+
+
+def test_a_study_does_not_change_its_database(
+    study: Study, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=6)
+    monkeypatch.setenv("STUDIES_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
+    elsewhere = study(storage={"database_env": "STUDIES_URL"})
+    with pytest.raises(ConfigError, match="began in the database of its storage directory, not of"):
+        run_search(elsewhere, storage=storage, open_evaluator=opener())
+
+
+def test_other_versions_are_said_when_a_study_goes_on(
+    study: Study, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories: list[Story] = []
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=6, report=stories.append)
+    monkeypatch.setattr("evomerge.search.loop.platform.python_version", lambda: "4.0.0")
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=12, report=stories.append)
+    (said,) = [story.line for story in stories if isinstance(story, Said)]
+    assert said.startswith("python was 3.")
+    assert " and is 4.0.0 now: " in said
 
 
 def test_the_seconds_of_a_study_add_up_to_the_time_after_engine_start(

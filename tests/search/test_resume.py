@@ -50,7 +50,7 @@ class Run:
 
     def end(self, status: int) -> str:
         """Waits until the search ends by itself, with this exit status; its story."""
-        self.process.join(timeout=60)
+        self.process.join(timeout=120)
         story = self.story.read_text()
         assert self.process.exitcode == status, story
         return story
