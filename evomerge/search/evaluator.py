@@ -76,6 +76,8 @@ def engine_config(study: ResolvedStudy) -> EngineConfig:
         dtype=settings.dtype,
         repeatable=settings.repeatable,
         load=settings.load,
+        threads=settings.threads,
+        url=settings.url,
         scratch=str(study.directory / "scratch"),
         options=settings.options,
     )

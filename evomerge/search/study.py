@@ -83,7 +83,8 @@ class BudgetConfig(_Strict):
 class EngineSettings(BaseModel):
     """The `engine:` of a study; `options` go to the engine as they are.
 
-    `name` "auto" is vLLM where it is installed, else transformers.
+    `name` "auto" is vLLM where it is installed, else transformers. `threads`: of the CPU, None for
+    one per core. `url`: a vLLM server that runs already, which no unit has to itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -92,6 +93,14 @@ class EngineSettings(BaseModel):
     repeatable: bool = True
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     load: Literal["live", "disk"] = "live"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+
+    @model_validator(mode="after")
+    def _promises_what_it_can(self) -> EngineSettings:
+        if self.url is not None and (self.repeatable or self.name == "transformers"):
+            raise ValueError("url: a vLLM server is shared; it needs name: vllm, repeatable: false")
+        return self
 
     @model_validator(mode="before")
     @classmethod
