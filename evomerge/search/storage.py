@@ -60,13 +60,13 @@ def stored_names(storage: Path) -> list[str]:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """The study in `directory` belongs to this process; a second one gets a ConfigError.
+    """The study in `directory` (STORAGE/studies/NAME) is this process's; a second one is refused.
 
     A study that did not begin by the end of the block leaves no folder behind. The lock is the
     process's own: engine processes that it starts do not inherit it, and it is gone with the
     process, however that ends.
     """
-    check_writable(directory)
+    check_writable(directory.parents[1])
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     # A POSIX record lock: unlike flock's, it is not passed on to children. The price: it is lost
