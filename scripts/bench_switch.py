@@ -91,7 +91,8 @@ def write_random_llama(directory: Path, shape: str, seed: int) -> Path:
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model: Any = LlamaForCausalLM._from_config(config)
+        architecture: Any = LlamaForCausalLM
+        model = architecture(config)
         model.save_pretrained(directory, max_shard_size="2GB")
     finally:
         torch.set_default_dtype(torch.float32)

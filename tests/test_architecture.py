@@ -47,11 +47,14 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
         *("merge/materialize.py", "merge/methods.py", "merge/plan.py"),
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
-        *("engine/vllm_backend.py", "engine/vllm_engine.py"),
+        *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },
     "transformers": {"engine/tokenizer.py", "engine/transformers_engine.py", "merge/inputs.py"},
     "typer": {"cli.py"},
-    "vllm": {"engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"},
+    "vllm": {
+        *("engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"),
+        "engine/vllm_private.py",
+    },
 }
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".json", ""}

@@ -1,8 +1,4 @@
-"""The vLLM weight-transfer backend whose message is a recipe; it lives in vLLM's workers.
-
-All that this project uses of vLLM's inside, and is not vLLM's public API, is in this file:
-how a CPU layer's packed weight is unpacked. It was tested with the versions in `TESTED`.
-"""
+"""The vLLM weight-transfer backend whose message is a recipe; it lives in vLLM's workers."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from typing import Any
 
 import torch
 import vllm
-from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer.base import (
@@ -24,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from evomerge.engine.residency import Residency, View
+from evomerge.engine.vllm_private import check_vllm_version, unpack_cpu_layers
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.kernels import compile_pays, merge_into
@@ -31,7 +27,6 @@ from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, PlanEntry, make_plan
 from evomerge.recipe import recipe_from_mapping
 
-TESTED = ("0.25.1", "0.34")  # first version, first version that is not covered
 MODELS_VARIABLE = "EVOMERGE_MODELS"
 
 
@@ -150,15 +145,6 @@ def largest_possible(entry: PlanEntry, largest: list[float]) -> float:
     return max(largest)
 
 
-def check_vllm_version(version: str) -> None:
-    """Raises EvomergeError unless `version` is one that this file was tested with."""
-    if not Version(TESTED[0]) <= Version(Version(version).base_version) < Version(TESTED[1]):
-        raise EvomergeError(
-            f"evomerge was tested with vLLM from {TESTED[0]} up to before {TESTED[1]}, this is "
-            f"{version}: install one of those (pip install 'vllm>={TESTED[0]},<{TESTED[1]}')"
-        )
-
-
 def declared_models(additional_config: object, environment: Mapping[str, str]) -> list[str]:
     """The source directories that the engine's owner declared at its start."""
     names = list(_own_settings(additional_config).get("models", []))
@@ -175,30 +161,6 @@ def _own_settings(additional_config: object) -> dict[str, Any]:
     if not isinstance(additional_config, Mapping):
         return {}
     return dict(additional_config.get("evomerge") or {})
-
-
-def unpack_cpu_layers(model: torch.nn.Module) -> None:
-    """Gives every CPU layer its plain weight back, uninitialised, and a plain matrix product.
-
-    vLLM's CPU layers hand their weight to a packed copy after loading and keep an empty parameter:
-    a write into it would be without effect. Unpacked, generation runs at about 0.8 of the speed,
-    and a switch costs its memory traffic only instead of 20 copies' time for packing again.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
-    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-
-    layer: Any  # vLLM's layers have a weight, a bias and the matrix product that is to use them
-    for layer in model.modules():
-        if not hasattr(layer, "cpu_linear"):
-            continue
-        if layer.weight.numel() == 0:
-            recorded = get_layerwise_info(layer).restore_metadata[0]["weight"]
-            weight = materialize_meta_tensor(restore_layer_refs(recorded, layer))
-            layer.register_parameter("weight", weight)
-        if getattr(layer, "bias", None) is not None:  # packing widens it to float32
-            layer.bias.data = layer.bias.data.to(layer.weight.dtype)
-        layer.cpu_linear = torch.nn.functional.linear
 
 
 def trace_loading(model: Any, checkpoint: Checkpoint) -> list[Destination]:

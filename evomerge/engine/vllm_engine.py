@@ -16,6 +16,7 @@ import torch
 from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import Planner, update_message
 from evomerge.engine.tokenizer import Tokenizer
+from evomerge.engine.vllm_private import check_vllm_version, end_engine, engine_failures
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan
@@ -45,10 +46,11 @@ class VLLMEngine(Engine):
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         with environment(engine_variables(self.config)):
-            from vllm import LLM
+            import vllm
 
+            check_vllm_version(vllm.__version__)
             try:
-                return LLM(**engine_arguments(self.config, directory, live=live))
+                return vllm.LLM(**engine_arguments(self.config, directory, live=live))
             except (RuntimeError, ValueError, TypeError, MemoryError) as error:
                 raise ConfigError(f"vLLM does not start on {directory}: {error}") from error
 
@@ -153,7 +155,7 @@ class VLLMEngine(Engine):
         ]
         try:
             return list(self._llm.generate(inputs, sampling, use_tqdm=False))
-        except (RuntimeError, MemoryError) as error:
+        except engine_failures() as error:
             raise EngineDiedError(f"vLLM failed while generating: {error}") from error
 
     def parameter_checksums(self) -> list[dict[str, str]]:
@@ -164,8 +166,7 @@ class VLLMEngine(Engine):
 
     def _stop(self) -> None:
         if self._llm is not None:
-            with contextlib.suppress(Exception):  # it may be dead already
-                self._llm.llm_engine.engine_core.shutdown()
+            end_engine(self._llm)
         self._llm = None
         gc.collect()
 
@@ -185,7 +186,7 @@ def candidate_errors() -> Iterator[None]:
         yield
     except CandidateError:
         raise
-    except (RuntimeError, MemoryError) as error:
+    except engine_failures() as error:
         text = str(error)
         if "NaN or infinite" in text:
             raise CandidateError(text.splitlines()[-1]) from error

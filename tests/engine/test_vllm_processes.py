@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.vllm_engine import VLLMEngine
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, EngineDiedError
 from evomerge.merge.materialize import materialize
 from tests.engine.conftest import OPTIONS, SETTINGS, Family, answers_one_by_one, start
 
@@ -35,6 +36,10 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
         for number in (0, 1, 0):
             engine.load(recipes[number])
             states.append((engine.parameter_checksums(), answers_one_by_one(engine)))
+        if ranks == 1:
+            _kill_children()
+            with pytest.raises(EngineDiedError):
+                answers_one_by_one(engine)
     assert states[0] == states[2] != states[1]
     assert len(states[0][0]) == ranks
     materialize(recipes[0], tmp_path / "merged")
@@ -43,6 +48,14 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
     ) as fresh:
         assert isinstance(fresh, VLLMEngine)
         assert (fresh.parameter_checksums(), answers_one_by_one(fresh)) == states[0]
+
+
+def _kill_children() -> None:
+    """SIGKILL for every process that this one started and that still runs."""
+    children = psutil.Process().children(recursive=True)
+    assert children
+    for child in children:
+        child.kill()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,65 @@
+"""All that this project uses of vLLM beyond its public interface, and the versions it is made for.
+
+That is how a CPU layer's packed weight is unpacked, how an engine in this process is ended, and
+what vLLM raises when one is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from evomerge.errors import EvomergeError
+
+# The first version that has the interface, and the first that nobody has looked at. The CPU build
+# 0.32.0 is what the tests run.
+TESTED = ("0.25.1", "0.34")
+
+
+def check_vllm_version(version: str) -> None:
+    """Raises EvomergeError unless `version` is one that this file was tested with."""
+    if not Version(TESTED[0]) <= Version(Version(version).base_version) < Version(TESTED[1]):
+        raise EvomergeError(
+            f"evomerge was tested with vLLM from {TESTED[0]} up to before {TESTED[1]}, this is "
+            f"{version}: install one of those (pip install 'vllm>={TESTED[0]},<{TESTED[1]}')"
+        )
+
+
+def unpack_cpu_layers(model: torch.nn.Module) -> None:
+    """Gives every CPU layer its plain weight back, uninitialised, and a plain matrix product.
+
+    vLLM's CPU layers hand their weight to a packed copy after loading and keep an empty parameter:
+    a write into it would be without effect. Unpacked, generation runs at about 0.8 of the speed,
+    and a switch costs its memory traffic only instead of 20 copies' time for packing again.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    layer: Any  # vLLM's layers have a weight, a bias and the matrix product that is to use them
+    for layer in model.modules():
+        if not hasattr(layer, "cpu_linear"):
+            continue
+        if layer.weight.numel() == 0:
+            recorded = get_layerwise_info(layer).restore_metadata[0]["weight"]
+            weight = materialize_meta_tensor(restore_layer_refs(recorded, layer))
+            layer.register_parameter("weight", weight)
+        if getattr(layer, "bias", None) is not None:  # packing widens it to float32
+            layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+        layer.cpu_linear = torch.nn.functional.linear
+
+
+def engine_failures() -> tuple[type[Exception], ...]:
+    """What vLLM raises from a call to an engine that failed or is gone."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    return (EngineDeadError, EngineGenerateError, RuntimeError, MemoryError)
+
+
+def end_engine(llm: Any) -> None:
+    """Ends the engine of a `vllm.LLM` now, instead of when the object is collected."""
+    with contextlib.suppress(Exception):  # it may be dead already
+        llm.llm_engine.engine_core.shutdown()
