@@ -132,7 +132,7 @@ def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | Non
                 seed=seed,
                 report=display,
             )
-            results = write_results(storage, config.study)
+            results = write_results(storage, config.study, _say)
     except KeyboardInterrupt:
         begun = (study_directory(storage, config.study) / STUDY_FILE).exists()
         going_on = f"go on with: {_resume_command(config.study, storage)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,11 @@ def export_model(
     return materialize(recipe, out, extra_files={"README.md": card}, overwrite=overwrite)
 
 
-def write_results(storage: Path, name: str) -> Results:
+def write_results(storage: Path, name: str, say: Callable[[str], None]) -> Results:
     """Writes the winner's model and the report of a finished study into its folder.
 
-    What is there and still true is left as it is. Raises ConfigError where the study is not
-    finished.
+    What is there and still true is left as it is; `say` is told what takes its time. Raises
+    ConfigError where the study is not finished.
     """
     status, begun = study_status(storage, name), _begun(storage, name)
     if status["outcome"] is None:
@@ -75,6 +75,7 @@ def write_results(storage: Path, name: str) -> Results:
     recipe = trial_recipe(storage, name)
     model = directory / MODEL_FOLDER
     if not _is_model_of(model, recipe):
+        say(f"writing the winner's model to {model}")
         export_model(storage, name, model, title=name, overwrite=True)
     results = Results(
         config=directory / BEST_FILE,
