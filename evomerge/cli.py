@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,7 +124,13 @@ def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | Non
     from evomerge.search.study import study_directory
 
     try:
-        with _stdout_for_results(), SearchDisplay(Console(stderr=True)) as display:
+        with (
+            _stdout_for_results(),
+            warnings.catch_warnings(),
+            SearchDisplay(Console(stderr=True)) as display,
+        ):
+            # Of vLLM's and torch's own code: nothing that a reader of the story could mend.
+            warnings.simplefilter("ignore", FutureWarning)
             run_search(
                 config,
                 storage=storage,
@@ -327,7 +334,17 @@ def _print_results(results: Results) -> None:
     Console().print(outcome_table(results.rows, results.tasks))
     for words, seconds, share in time_split(results.seconds):
         print(f"{words:<24} {seconds:8.1f} s {share:6.1%}")
-    print(f"recipe  {results.config}\nmodel   {results.model}\nreport  {results.report}")
+    for what, path in (
+        ("recipe", results.config),
+        ("model", results.model),
+        ("report", results.report),
+    ):
+        print(f"{what:<7} {_from_here(path)}")
+
+
+def _from_here(path: Path) -> Path:
+    """The path as a person would write it: relative where it is inside the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _resume_command(name: str, storage: Path) -> str:
