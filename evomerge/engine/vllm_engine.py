@@ -16,7 +16,12 @@ import torch
 from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import Planner, update_message
 from evomerge.engine.tokenizer import Tokenizer
-from evomerge.engine.vllm_private import check_vllm_version, end_engine, engine_failures
+from evomerge.engine.vllm_private import (
+    check_vllm_version,
+    end_engine,
+    engine_failures,
+    while_alive,
+)
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan
@@ -66,12 +71,16 @@ class VLLMEngine(Engine):
         if self._llm is None:
             self._llm = self._start(self.config.model, live=True)
         with candidate_errors():
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update_message(recipe, plan)})
-            self._llm.finish_weight_update(weight_version=plan.digest)
-        self._llm.reset_prefix_cache()
+            while_alive(self._llm, lambda: self._switch(recipe, plan))
         self._version = plan.digest
         return Loaded(plan.digest, "live", time.perf_counter() - start)
+
+    def _switch(self, recipe: Recipe, plan: MergePlan) -> None:
+        assert self._llm is not None
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": update_message(recipe, plan)})
+        self._llm.finish_weight_update(weight_version=plan.digest)
+        self._llm.reset_prefix_cache()
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         """Writes the model under `scratch` and starts an engine on it in place of this one."""
@@ -149,12 +158,14 @@ class VLLMEngine(Engine):
     def _run(self, prompts: Sequence[str], sampling: Any, *, add_special_tokens: bool) -> list[Any]:
         if self._llm is None:
             raise EngineDiedError("no model is loaded")
+        llm = self._llm
         inputs = [
             {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=add_special_tokens)}
             for text in prompts
         ]
         try:
-            return list(self._llm.generate(inputs, sampling, use_tqdm=False))
+            outputs = while_alive(llm, lambda: llm.generate(inputs, sampling, use_tqdm=False))
+            return list(outputs)
         except engine_failures() as error:
             raise EngineDiedError(f"vLLM failed while generating: {error}") from error
 

@@ -1,22 +1,29 @@
 """All that this project uses of vLLM beyond its public interface, and the versions it is made for.
 
-That is how a CPU layer's packed weight is unpacked, how an engine in this process is ended, and
-what vLLM raises when one is gone.
+That is how a CPU layer's packed weight is unpacked, how an engine is ended, how to tell that one is
+gone, and what vLLM raises then.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EngineDiedError, EvomergeError
 
 # The first version that has the interface, and the first that nobody has looked at. The CPU build
 # 0.32.0 is what the tests run.
 TESTED = ("0.25.1", "0.34")
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_Result = TypeVar("_Result")
 
 
 def check_vllm_version(version: str) -> None:
@@ -57,6 +64,30 @@ def engine_failures() -> tuple[type[Exception], ...]:
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     return (EngineDeadError, EngineGenerateError, RuntimeError, MemoryError)
+
+
+def while_alive(llm: Any, work: Callable[[], _Result]) -> _Result:
+    """The result of `work`, which calls the engine; EngineDiedError once its process is gone.
+
+    A call that is under way when the engine's process is killed never returns. So it waits in a
+    thread of its own, while this one looks after the engine. An engine in this process needs none.
+    """
+    resources = getattr(llm.llm_engine.engine_core, "resources", None)
+    if resources is None:
+        return work()
+    future: Future[_Result] = Future()
+    Thread(target=_settle, args=(future, work), daemon=True).start()
+    while not wait_for([future], timeout=_SECONDS_BETWEEN_LOOKS).done:
+        if resources.engine_dead:
+            raise EngineDiedError("the process of vLLM's engine is gone")
+    return future.result()
+
+
+def _settle(future: Future[_Result], work: Callable[[], _Result]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # it is the waiting thread's
+        future.set_exception(error)
 
 
 def end_engine(llm: Any) -> None:
