@@ -216,6 +216,15 @@ def test_a_study_whose_file_changed_is_refused_with_what_changed(
     assert tree(finished.storage) == before
 
 
+def test_a_linear_search_may_have_the_base_among_its_models(models: Path, here: Path) -> None:
+    linear = STUDY | {"models": ["base", "expert"], "search_space": {"merge_method": "linear"}}
+    (here / "study.yaml").write_text(yaml.safe_dump(linear))
+    ran = run("search", "study.yaml")
+    assert ran.status == 0
+    best = here / "evol_merge_storage" / "studies" / "tiny" / "best_config.yaml"
+    assert read_recipe(best).model_names() == (str(models / "base"), str(models / "expert"))
+
+
 def test_studies_are_listed(finished: Finished, tmp_path: Path) -> None:
     assert "tiny" in run("status", "--storage", finished.storage).out
     listed = json.loads(run("status", "--storage", finished.storage, "--json").out)
@@ -300,6 +309,10 @@ BAD_STUDIES: dict[str, tuple[Break, list[str]]] = {
     ),
     "another shape": (study(models=["other_shape"]), ["other_shape", "base"]),
     "another vocabulary": (study(models=["other_vocabulary"]), ["other_vocabulary", "300", "261"]),
+    "another number of layers": (
+        study(models=["more_layers"]),
+        ["study.yaml: models.0: more_layers has 3 layers, base has 2"],
+    ),
     "a model that is nowhere": (
         study(models=["nowhere"]),
         ["study.yaml: models.0: nowhere", "neither a folder", "owner/name"],

@@ -80,6 +80,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
             dtype=config.engine.dtype,
         ),
     )
+    _check_layer_counts(config, [checkpoints[str(folder)] for folder in (base, *models)])
     # Plans the merge once: models that do not fit together are found before an engine starts.
     make_plan(space.decode(space.uniform(1 / len(models))), checkpoints)
     return ResolvedStudy(
@@ -92,7 +93,11 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
         search_tasks=tuple(search),
         holdout_tasks=tuple(holdout),
         fingerprint=_fingerprint(
-            config, space, suite, [found.fingerprint() for found in checkpoints.values()]
+            config,
+            space,
+            suite,
+            # By folder: in a linear merge the base may be one of the models, too.
+            [checkpoints[str(folder)].fingerprint() for folder in (base, *models)],
         ),
     )
 
@@ -136,6 +141,19 @@ def _model_folders(config: StudyConfig, storage: Path) -> list[Path]:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return folders
+
+
+def _check_layer_counts(config: StudyConfig, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises ConfigError where a model has not as many layers as the base, whose slices are cut."""
+    base, *others = (layer_count(checkpoint) for checkpoint in checkpoints)
+    mistakes = [
+        f"{config.where}: models.{index}: {model} has {count} layers, "
+        f"{config.base_model} has {base}"
+        for index, (model, count) in enumerate(zip(config.models, others, strict=True))
+        if count != base
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes) + "\nall models of a search need as many as the base")
 
 
 def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:
