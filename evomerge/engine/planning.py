@@ -44,6 +44,9 @@ class Planner:
         return None
 
 
-def update_message(recipe: Recipe, plan: MergePlan) -> dict[str, Any]:
-    """What the backend in vLLM's workers is sent for one candidate: some kilobytes of JSON."""
-    return {"recipe": recipe.to_mapping(), "digest": plan.digest}
+def update_message(recipe: Recipe, plan: MergePlan, *, clear: bool) -> dict[str, Any]:
+    """What the backend in vLLM's workers is sent for one candidate: some kilobytes of JSON.
+
+    `clear` has the key-value cache emptied, after a candidate that left NaN in it.
+    """
+    return {"recipe": recipe.to_mapping(), "digest": plan.digest, "clear": clear}

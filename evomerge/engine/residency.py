@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,12 @@ class Residency:
     pinned_bytes: int = 0
     _parts: dict[tuple[str, str, View], Tensor] = field(default_factory=dict)
     _largest: dict[tuple[str, str, View], float] = field(default_factory=dict)
+
+    def settle(self, parts: Iterable[tuple[str, str, View]]) -> None:
+        """Decides now where these parts live, before others ask for the device's memory."""
+        if self.device.type != "cpu":
+            for model, name, view in parts:
+                self.part(model, name, view)
 
     @classmethod
     def open(
@@ -88,3 +95,16 @@ class Residency:
             self.pinned_bytes -= size
             return mapped.contiguous().pin_memory()
         return mapped
+
+
+def memory_budget(device: torch.device, workers: int = 1) -> tuple[int, int]:
+    """(device_bytes, pinned_bytes) for one of the `workers` of this machine; (0, 0) on a CPU.
+
+    A third of the GPU's memory stays for the engine's key-value cache and activations; of the free
+    host memory half is pinned at most, as pinned pages are lost to everyone else.
+    """
+    if device.type != "cuda":
+        return 0, 0
+    free, total = torch.cuda.mem_get_info(device)
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, free - total // 3), host // (2 * workers)

@@ -148,9 +148,16 @@ class TransformersEngine(Engine):
         if settings.stop:
             stop = list(settings.stop)
             arguments |= {"stop_strings": stop, "tokenizer": self.tokenizer.inner}
+        watch = _NaNWatch()
         output = self.model.generate(
-            ids, attention_mask=mask, pad_token_id=self._padding(), **arguments
+            ids,
+            attention_mask=mask,
+            pad_token_id=self._padding(),
+            logits_processor=[watch],
+            **arguments,
         )
+        if watch.seen:
+            raise CandidateError("its logits are NaN: activations overflow")
         answers = output[:, ids.shape[1] :].tolist()
         return [
             self._completion(prompt, answer, settings)
@@ -207,3 +214,14 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         del self.model
+
+
+class _NaNWatch:
+    """A logits processor that changes nothing and remembers whether it saw a NaN."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen = self.seen or bool(torch.isnan(scores).any())
+        return scores

@@ -18,8 +18,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from evomerge.engine.residency import Residency, View
-from evomerge.engine.vllm_private import check_vllm_version, unpack_cpu_layers
+from evomerge.engine.residency import Residency, View, memory_budget
+from evomerge.engine.vllm_private import (
+    check_vllm_version,
+    clear_key_value_cache,
+    unpack_cpu_layers,
+)
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.kernels import compile_pays, merge_into
@@ -39,10 +43,14 @@ class MergeInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class MergeUpdateInfo(WeightTransferUpdateInfo):
-    """A recipe in the form of `Recipe.to_mapping`, and the digest of the plan it must give."""
+    """A recipe in the form of `Recipe.to_mapping`, and the digest of the plan it must give.
+
+    `clear` has the key-value cache emptied first.
+    """
 
     recipe: dict[str, Any]
     digest: str
+    clear: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,19 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
             raise EvomergeError("evomerge merges into unquantised weights; switch quantization off")
         served = str(vllm_config.model_config.model)
         declared = declared_models(vllm_config.additional_config, os.environ)
+        on_device, pinned = memory_budget(device, vllm_config.parallel_config.world_size)
         self.sources = Residency.open(
-            [served, *declared], device, **memory_budget(vllm_config.additional_config)
+            [served, *declared], device, device_bytes=on_device, pinned_bytes=pinned
         )
         unpack_cpu_layers(model)
         self.destinations = trace_loading(model, self.sources.checkpoint(served))
+        # vLLM sizes its key-value cache by what is left after this.
+        self.sources.settle(
+            (model, place.name, place.part)
+            for place in self.destinations
+            for model in self.sources.checkpoints
+            if place.name in self.sources.checkpoints[model].tensors
+        )
         elements = sum(destination.into.numel() for destination in self.destinations)
         self.compiled = compile_pays(elements, device)
 
@@ -101,6 +117,8 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
                 f"this worker plans {plan.digest}, the driver {update_info.digest}: "
                 "a source model changed after the engine started; start again"
             )
+        if update_info.clear:
+            clear_key_value_cache(self.vllm_config)
         self.apply(plan)
 
     def apply(self, plan: MergePlan) -> None:
@@ -147,20 +165,9 @@ def largest_possible(entry: PlanEntry, largest: list[float]) -> float:
 
 def declared_models(additional_config: object, environment: Mapping[str, str]) -> list[str]:
     """The source directories that the engine's owner declared at its start."""
-    names = list(_own_settings(additional_config).get("models", []))
+    own = additional_config.get("evomerge") if isinstance(additional_config, Mapping) else None
+    names = list((own or {}).get("models", []))
     return names + [name for name in environment.get(MODELS_VARIABLE, "").split(os.pathsep) if name]
-
-
-def memory_budget(additional_config: object) -> dict[str, int]:
-    """How many bytes of sources each worker may keep on its GPU and in pinned host memory."""
-    settings = _own_settings(additional_config)
-    return {name: int(settings.get(name, 0)) for name in ("device_bytes", "pinned_bytes")}
-
-
-def _own_settings(additional_config: object) -> dict[str, Any]:
-    if not isinstance(additional_config, Mapping):
-        return {}
-    return dict(additional_config.get("evomerge") or {})
 
 
 def trace_loading(model: Any, checkpoint: Checkpoint) -> list[Destination]:

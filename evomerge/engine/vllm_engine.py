@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import shutil
 import time
@@ -22,7 +23,7 @@ from evomerge.engine.vllm_private import (
     engine_failures,
     while_alive,
 )
-from evomerge.errors import CandidateError, ConfigError, EngineDiedError
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe
@@ -44,6 +45,7 @@ class VLLMEngine(Engine):
         self.planner = Planner(config.model, config.sources, config.dtype)
         self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self._version = "default"  # vLLM's own name for the weights that it was started with
+        self._wrote_nan = False
         self._on_disk = config.load == "disk"
         self._llm = None if self._on_disk else self._start(config.model, live=True)
 
@@ -70,6 +72,7 @@ class VLLMEngine(Engine):
             return Loaded(plan.digest, "disk", time.perf_counter() - start)
         if self._llm is None:
             self._llm = self._start(self.config.model, live=True)
+        self._version = "in between"  # so that no answer of a switch that failed is believed
         with candidate_errors():
             while_alive(self._llm, lambda: self._switch(recipe, plan))
         self._version = plan.digest
@@ -78,9 +81,11 @@ class VLLMEngine(Engine):
     def _switch(self, recipe: Recipe, plan: MergePlan) -> None:
         assert self._llm is not None
         self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": update_message(recipe, plan)})
+        message = update_message(recipe, plan, clear=self._wrote_nan)
+        self._llm.update_weights({"update_info": message})
         self._llm.finish_weight_update(weight_version=plan.digest)
         self._llm.reset_prefix_cache()
+        self._wrote_nan = False
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         """Writes the model under `scratch` and starts an engine on it in place of this one."""
@@ -120,12 +125,17 @@ class VLLMEngine(Engine):
             top_p=settings.top_p,
             stop=list(settings.stop),
             seed=settings.seed,
+            logprobs=0,  # of the chosen token alone: they tell a NaN
         )
         outputs = self._run(prompts, sampling, add_special_tokens=add_special_tokens)
         return [self._completion(output) for output in outputs]
 
     def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]
+        chosen = zip(answer.token_ids, answer.logprobs, strict=True)
+        if any(math.isnan(position[token].logprob) for token, position in chosen):
+            self._wrote_nan = True
+            raise CandidateError("its logits are NaN: activations overflow")
         versions = {span.version for span in answer.weight_versions or []}
         if versions - {self._version}:
             raise EngineDiedError(f"an answer came from {versions}, not from {self._version}")
@@ -191,16 +201,16 @@ class VLLMEngine(Engine):
 def candidate_errors() -> Iterator[None]:
     """Tells a candidate without a model from an engine that broke.
 
-    An error in a worker process arrives as a RuntimeError that only quotes the original one.
+    An error in a worker process arrives as a bare Exception that only quotes the original one.
     """
     try:
         yield
-    except CandidateError:
+    except EvomergeError:
         raise
-    except engine_failures() as error:
+    except Exception as error:
         text = str(error)
         if "NaN or infinite" in text:
-            raise CandidateError(text.splitlines()[-1]) from error
+            raise CandidateError(text) from error
         raise EngineDiedError(f"vLLM failed while switching: {text}") from error
 
 

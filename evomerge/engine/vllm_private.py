@@ -1,7 +1,7 @@
 """All that this project uses of vLLM beyond its public interface, and the versions it is made for.
 
-That is how a CPU layer's packed weight is unpacked, how an engine is ended, how to tell that one is
-gone, and what vLLM raises then.
+That is how a CPU layer's packed weight is unpacked, where the key-value cache lies, how an engine
+is ended, how to tell that one is gone, and what vLLM raises then.
 """
 
 from __future__ import annotations
@@ -57,6 +57,18 @@ def unpack_cpu_layers(model: torch.nn.Module) -> None:
         if getattr(layer, "bias", None) is not None:  # packing widens it to float32
             layer.bias.data = layer.bias.data.to(layer.weight.dtype)
         layer.cpu_linear = torch.nn.functional.linear
+
+
+def clear_key_value_cache(vllm_config: Any) -> None:
+    """Zeros the worker's key-value cache.
+
+    Attention multiplies what a block has beyond a sequence's end by 0, and 0 · NaN is NaN: what a
+    broken candidate wrote there would spoil the answers of every later one.
+    """
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        caches = getattr(layer, "kv_cache", ())
+        for cache in [caches] if isinstance(caches, torch.Tensor) else caches:
+            cache.zero_()
 
 
 def engine_failures() -> tuple[type[Exception], ...]:

@@ -36,7 +36,10 @@ class VLLMServer(Engine):
         self.planner = Planner(config.model, config.sources, config.dtype)
         self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         timeout = httpx.Timeout(LONGEST_REQUEST_SECONDS, connect=10.0)
-        self._http = httpx.Client(base_url=config.url, timeout=timeout)
+        # After an error the server closes its connection, maybe while the next request is under way.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=config.url, timeout=timeout, limits=limits)
+        self._wrote_nan = False
         self._served = self._first_contact()
         self._version = "default"
 
@@ -65,10 +68,13 @@ class VLLMServer(Engine):
             raise ConfigError(
                 f"the server at {self.config.url} cannot become this model: {obstacle}"
             )
+        self._version = "in between"  # so that no answer of a switch that failed is believed
         self._post("/start_weight_update")
-        self._post("/update_weights", update_info=update_message(recipe, plan))
+        message = update_message(recipe, plan, clear=self._wrote_nan)
+        self._post("/update_weights", update_info=message)
         self._post("/finish_weight_update", weight_version=plan.digest)
         self._post("/reset_prefix_cache")
+        self._wrote_nan = False
         self._version = plan.digest
         return Loaded(plan.digest, "live", time.perf_counter() - start)
 
@@ -97,6 +103,7 @@ class VLLMServer(Engine):
             stop=list(settings.stop),
             seed=settings.seed,
             return_token_ids=True,
+            logprobs=0,  # of the chosen token alone: they tell a NaN
         )
         return [
             Completion(
@@ -154,6 +161,9 @@ class VLLMServer(Engine):
             return response.json() if response.content else None
         if "NaN or infinite" in response.text:
             raise CandidateError(response.text)
+        if "not JSON compliant" in response.text:  # what the server says of a NaN log-probability
+            self._wrote_nan = True
+            raise CandidateError("its logits are NaN: activations overflow")
         raise EngineDiedError(f"{self.config.url}{route}: {response.status_code} {response.text}")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from evomerge.engine import Engine, EngineConfig, open_engine
 from evomerge.engine.base import Completion, GenerationSettings
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, recipe_from_mapping
 from evomerge.space import SearchSpace, SpaceConfig
 from tests import tiny
 
@@ -108,3 +108,13 @@ def answers_one_by_one(engine: Engine) -> list[tuple[int, ...]]:
         engine.generate([prompt], SETTINGS, add_special_tokens=True)[0].token_ids
         for prompt in PROMPTS[:4]
     ]
+
+
+def overflowing(family: Family) -> Recipe:
+    """A recipe with finite inputs and finite weights whose sums are not finite."""
+    models = [
+        {"model": str(path), "parameters": {"weight": 3e38}}
+        for path in (family.base, *family.tuned)
+    ]
+    mapping = {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
+    return recipe_from_mapping(mapping | {"parameters": {"normalize": False}}, "test")

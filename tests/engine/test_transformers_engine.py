@@ -61,8 +61,11 @@ def test_nan_fails_the_candidate(tmp_path: Path) -> None:
     broken = tiny.variant(base, tmp_path / "broken", seed=1)
     tiny.rewrite(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
     mapping = {"merge_method": "passthrough", "models": [{"model": str(broken)}]}
-    with start("transformers", base, [str(broken)]) as engine, pytest.raises(CandidateError):
-        engine.load(recipe_from_mapping(mapping, "test"))
+    with start("transformers", base, [str(broken)]) as engine:
+        with pytest.raises(CandidateError, match=r"model\.norm\.weight"):
+            engine.load(recipe_from_mapping(mapping, "test"))
+        with pytest.raises(CandidateError, match="logits are NaN"):
+            answers(engine)
 
 
 def test_unknown_engines_and_options_are_named(tmp_path: Path) -> None:

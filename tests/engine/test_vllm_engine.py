@@ -20,6 +20,7 @@ from tests.engine.conftest import (
     answers,
     completions,
     make_family,
+    overflowing,
     start,
 )
 
@@ -111,22 +112,31 @@ def test_nan_in_a_source_fails_the_candidate_and_not_the_engine(
     before = answers(engine)
     with pytest.raises(CandidateError, match=r"layers\.1\.mlp\.down_proj.*NaN"):
         engine.load(plain(family.base.with_name("broken")))
+    # Whoever asks all the same gets no answer, and what the broken weights wrote into the cache
+    # does not reach the next candidate.
+    with pytest.raises(CandidateError, match="logits are NaN"):
+        answers(engine)
     engine.load(family.recipe(1))
     assert answers(engine) == before
+
+
+def test_no_answer_of_a_switch_that_failed_is_believed(
+    engine_and_family: tuple[VLLMEngine, Family],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(1))
+    with pytest.raises(CandidateError):
+        engine.load(overflowing(family))
+    with pytest.raises(EvomergeError):
+        answers(engine)
 
 
 def test_weights_that_overflow_fail_the_candidate(
     engine_and_family: tuple[VLLMEngine, Family],
 ) -> None:
     engine, family = engine_and_family
-    models = [
-        {"model": str(path), "parameters": {"weight": 3e38}}
-        for path in (family.base, *family.tuned)
-    ]
-    mapping = {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
-    recipe = recipe_from_mapping(mapping | {"parameters": {"normalize": False}}, "test")
     with pytest.raises(CandidateError, match="NaN or infinite"):
-        engine.load(recipe)
+        engine.load(overflowing(family))
 
 
 def test_a_message_cannot_open_what_was_not_declared(

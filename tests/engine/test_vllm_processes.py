@@ -17,9 +17,16 @@ import pytest
 
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.vllm_engine import VLLMEngine
-from evomerge.errors import ConfigError, EngineDiedError
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.materialize import materialize
-from tests.engine.conftest import OPTIONS, SETTINGS, Family, answers_one_by_one, start
+from tests.engine.conftest import (
+    OPTIONS,
+    SETTINGS,
+    Family,
+    answers_one_by_one,
+    overflowing,
+    start,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -114,6 +121,12 @@ def test_a_server_is_the_model_on_disk(server: str, family: Family, tmp_path: Pa
             states.append((_checksums(server), answers_one_by_one(engine)))
         written = engine.generate(["One"], SETTINGS, add_special_tokens=True)
         assert written[0].version == engine.load(recipes[0]).version
+        with pytest.raises(CandidateError, match="NaN or infinite"):
+            engine.load(overflowing(family))
+        with pytest.raises(CandidateError, match="logits are NaN"):
+            answers_one_by_one(engine)
+        engine.load(recipes[0])
+        assert answers_one_by_one(engine) == states[0][1]
     assert states[0] == states[2] != states[1]
     materialize(recipes[0], tmp_path / "merged")
     with start("vllm", tmp_path / "merged", []) as fresh:
