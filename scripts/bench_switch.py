@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evomerge.engine import EngineConfig, open_engine
@@ -97,6 +97,7 @@ def write_random_llama(directory: Path, shape: str, seed: int) -> Path:
     finally:
         torch.set_default_dtype(torch.float32)
     words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer: Any = PreTrainedTokenizerFast
     tokenizer(tokenizer_object=words, bos_token="<s>").save_pretrained(directory)
     return directory
@@ -171,14 +172,15 @@ def disk_way(space: SearchSpace, directory: Path) -> float:
 
 
 PROMPTS = ["a " * 8] * 32
+NEW_TOKENS = 16
 
 
 def generation_speed(engine: Engine) -> float:
     """Tokens per second of 32 prompts together, in the merged (unpacked) engine."""
-    settings = GenerationSettings(max_tokens=16)
+    settings = GenerationSettings(max_tokens=NEW_TOKENS)
     engine.generate(PROMPTS, settings, add_special_tokens=True)
     seconds = _seconds(lambda: engine.generate(PROMPTS, settings, add_special_tokens=True))
-    return len(PROMPTS) * settings.max_tokens / seconds
+    return len(PROMPTS) * NEW_TOKENS / seconds
 
 
 def packed_speed(model: Path) -> float:
@@ -190,10 +192,10 @@ def packed_speed(model: Path) -> float:
     config = EngineConfig(str(model), (), options={"max_model_len": 512, "enforce_eager": True})
     with environment(engine_variables(config)):
         llm = LLM(**engine_arguments(config, str(model), live=False))
-    sampling = SamplingParams(max_tokens=16, temperature=0.0)
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
     llm.generate(PROMPTS, sampling, use_tqdm=False)
     seconds = _seconds(lambda: llm.generate(PROMPTS, sampling, use_tqdm=False))
-    return len(PROMPTS) * 16 / seconds
+    return len(PROMPTS) * NEW_TOKENS / seconds
 
 
 def _seconds(work: Callable[[], object]) -> float:

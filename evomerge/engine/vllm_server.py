@@ -36,7 +36,7 @@ class VLLMServer(Engine):
         self.planner = Planner(config.model, config.sources, config.dtype)
         self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         timeout = httpx.Timeout(LONGEST_REQUEST_SECONDS, connect=10.0)
-        # After an error the server closes its connection, maybe while the next request is under way.
+        # After an error the server closes its connection, maybe under the next request.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=config.url, timeout=timeout, limits=limits)
         self._wrote_nan = False

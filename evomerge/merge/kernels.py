@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sysconfig
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,8 +31,9 @@ COMPILE_PAYS_ELEMENTS = 30_000_000
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch's compiler has what it needs here: a C++ compiler."""
-    return any(shutil.which(name) for name in ("g++", "clang++"))
+    """Whether torch's compiler has what it needs here: a C++ compiler and Python's headers."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def compile_pays(elements: int, device: torch.device) -> bool:

@@ -19,7 +19,9 @@ def task_arithmetic(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> N
     """out = base + Σᵢ weightᵢ · (tunedᵢ − base), with inputs = [base, tuned₁, …, tunedₖ].
 
     All inputs have the shape of `out`, any floating dtype; `weights` is float32 of shape (k,) and
-    need not sum to 1 (all 0 gives back the base). Source: Ilharco et al. 2023, arXiv:2212.04089, §2.
+    need not sum to 1 (all 0 gives back the base).
+
+    Source: Ilharco et al. 2023, arXiv:2212.04089, §2.
     """
     # In float32, deltas first: 1 parameter in 10,000 to 55,000 differs from the exact sum rounded
     # once. The same loop in bfloat16: 1 in 49; adding each delta to `base` in bfloat16: 1 in 3.
