@@ -13,6 +13,7 @@ from demo import run_as_new_study
 
 FOLDER = Path(__file__).resolve().parent / "demo_llm"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LINK = "smollm2-135m.gguf"  # short enough to tell the experts apart in the table
 
 
 def gguf_file() -> Path:
@@ -28,7 +29,7 @@ def gguf_file() -> Path:
 
 def link_model() -> None:
     """Puts the model where the study file names it, beside itself."""
-    link = FOLDER / GGUF
+    link = FOLDER / LINK
     link.unlink(missing_ok=True)
     link.symlink_to(gguf_file())
 
