@@ -108,12 +108,16 @@ def scored(
     return Event("scored", payload, once, unit, results)
 
 
-def failed(candidate: str, part: Part, reason: str, seconds: Mapping[str, float]) -> Event:
-    """A candidate could not be scored, for a reason of its own."""
-    return Event(
-        "failed",
-        {"candidate": candidate, "part": part, "reason": reason, "seconds": dict(seconds)},
-    )
+def failed(
+    candidate: str,
+    part: Part,
+    reason: str,
+    seconds: Mapping[str, float],
+    engine_died: bool = False,
+) -> Event:
+    """A candidate could not be scored, for a reason of its own, or killed the engine twice."""
+    payload = {"candidate": candidate, "part": part, "reason": reason, "seconds": dict(seconds)}
+    return Event("failed", {**payload, "engine_died": engine_died})
 
 
 def told(block: int, values: Sequence[tuple[int, float]]) -> Event:
@@ -146,8 +150,8 @@ class History:
     scores: dict[tuple[str, Part], Measurement] = field(default_factory=dict)
     failures: dict[tuple[str, Part], str] = field(default_factory=dict)
     told: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    # The failures since the last score, in order: three alike in a row are not the candidates'.
-    in_a_row: list[tuple[str, Part]] = field(default_factory=list)
+    # Who killed the engine since the last score, in order.
+    engine_deaths: list[tuple[str, Part]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def apply(self, kind: str, payload: Payload) -> None:
@@ -189,13 +193,14 @@ class History:
             seconds=payload["seconds"],
         )
         self.failures.pop(key, None)
-        self.in_a_row.clear()
+        self.engine_deaths.clear()
         self._spend(payload["seconds"])
 
     def _on_failed(self, payload: Payload) -> None:
         key = (payload["candidate"], payload["part"])
         self.failures[key] = payload["reason"]
-        self.in_a_row.append(key)
+        if payload.get("engine_died"):
+            self.engine_deaths.append(key)
         self._spend(payload["seconds"])
 
     def _on_told(self, payload: Payload) -> None:
@@ -205,7 +210,7 @@ class History:
         self.stopped = payload["reason"]
         for candidate, part in payload["void"]:
             self.failures.pop((candidate, part), None)
-        self.in_a_row.clear()
+        self.engine_deaths.clear()
 
     def _on_finished(self, payload: Payload) -> None:
         self.finished = payload

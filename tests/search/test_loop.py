@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge.errors import CandidateError, ConfigError, RunError
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError, RunError
 from evomerge.recipe import Recipe, read_recipe
+from evomerge.search.evaluator import TimeSplit
 from evomerge.search.log import begun_with
 from evomerge.search.loop import Outcome, run_search
+from evomerge.search.resolve import ResolvedStudy
 from evomerge.search.status import (
     baseline_recipes,
     list_studies,
@@ -24,7 +28,14 @@ from evomerge.search.status import (
 from evomerge.search.storage import open_log
 from evomerge.search.story import Measured, Said, Story
 from evomerge.search.study import StudyConfig
-from tests.search.formula import DiesAt, broken_above, formula_grade, opener, weights_of
+from tests.search.formula import (
+    DiesAt,
+    FormulaEvaluator,
+    broken_above,
+    formula_grade,
+    opener,
+    weights_of,
+)
 
 Study = Callable[..., StudyConfig]
 
@@ -204,26 +215,23 @@ def test_a_failed_candidate_is_told_as_the_worst_of_its_generation(
     assert (trials[failed[0]]["tasks"], trials[failed[0]]["score"]) == (0, None)
 
 
-def fails_from(call: int, kind: str = "NaN weights") -> Callable[[Recipe], Exception | None]:
-    """Every evaluation fails alike from the given one (from 0) on."""
+def kills_from(call: int) -> Callable[[Recipe], Exception | None]:
+    """Every evaluation from the given one (from 0) on kills the engine."""
     calls = iter(range(100))
-
-    def fails(recipe: Recipe) -> Exception | None:
-        number = next(calls)
-        return CandidateError(f"{number} {kind}") if number >= call else None
-
-    return fails
+    return lambda recipe: EngineDiedError("no heartbeat") if next(calls) >= call else None
 
 
-def test_three_failures_alike_in_a_row_stop_the_run_and_are_tried_again(
+def test_three_candidates_in_a_row_that_kill_the_engine_stop_the_run_and_are_tried_again(
     study: Study, storage: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match="3 candidates in a row failed alike: 8 NaN weights"):
-        run_search(study(), storage=storage, open_evaluator=opener(fails=fails_from(6)))
+    with pytest.raises(RunError, match="3 candidates in a row failed alike: the engine died twice"):
+        run_search(study(), storage=storage, open_evaluator=opener(fails=kills_from(6)))
     status = study_status(storage, "formula")
     assert status["state"] == "interrupted"
     assert [trial["number"] for trial in status["trials"]] == [0, 1]
-    assert status["stopped"] == "3 candidates in a row failed alike: 8 NaN weights"
+    assert status["stopped"] == (
+        "3 candidates in a row failed alike: the engine died twice of it: no heartbeat"
+    )
     assert told_to_sampler(storage) == {}
     outcome = run_search(study(), storage=storage, open_evaluator=opener())
     sound = run_search(study(), storage=tmp_path / "sound", open_evaluator=opener())
@@ -234,11 +242,67 @@ def test_failures_that_the_sampler_was_told_of_stay_when_the_run_stops(
     study: Study, storage: Path
 ) -> None:
     with pytest.raises(RunError, match="3 candidates in a row failed alike"):
-        run_search(study(), storage=storage, open_evaluator=opener(fails=fails_from(9)))
+        run_search(study(), storage=storage, open_evaluator=opener(fails=kills_from(9)))
     assert list(told_to_sampler(storage)) == [0, 1, 2, 3, 4, 5]
     outcome = run_search(study(), storage=storage, open_evaluator=opener())
     states = [trial["state"] for trial in outcome.status["trials"]]
     assert states == ["complete"] * 5 + ["failed"] + ["complete"] * 18
+
+
+def test_failures_of_the_candidates_own_never_stop_the_run_however_alike(
+    study: Study, storage: Path
+) -> None:
+    calls = iter(range(100))
+
+    def fails(recipe: Recipe) -> Exception | None:
+        return CandidateError("the weights sum to 0") if 4 <= next(calls) < 9 else None
+
+    outcome = run_search(study(), storage=storage, open_evaluator=opener(fails=fails))
+    trials = outcome.status["trials"]
+    assert [trial["state"] for trial in trials] == ["failed"] * 5 + ["complete"] * 19
+    told = told_to_sampler(storage)
+    assert [told[number] for number in range(6)] == [trials[5]["score"]] * 6
+
+
+class RefusesToOpen:
+    """Opens engines that all die at the third call, and none after the first `starts`.
+
+    Where an engine is opened again, `alive` says whether the dead one was still referred to.
+    """
+
+    def __init__(self, starts: int) -> None:
+        self.starts = starts
+        self.opened: list[weakref.ref[FormulaEvaluator]] = []
+        self.alive: list[bool] = []
+
+    @contextmanager
+    def __call__(self, study: ResolvedStudy, split: TimeSplit) -> Iterator[FormulaEvaluator]:
+        self.alive += [engine() is not None for engine in self.opened]
+        if len(self.opened) == self.starts:
+            raise ConfigError("no memory is free on the GPU")
+        engine = FormulaEvaluator(split=split, fails=DiesAt(3))
+        self.opened.append(weakref.ref(engine))
+        yield engine
+
+
+def test_nothing_holds_a_dead_engine_when_the_next_one_starts(study: Study, storage: Path) -> None:
+    engines = RefusesToOpen(starts=100)
+    run_search(study(), storage=storage, open_evaluator=engines, trials=6)
+    assert len(engines.alive) > 1
+    assert not any(engines.alive)
+
+
+def test_an_engine_that_does_not_start_again_stops_the_run_which_goes_on_later(
+    study: Study, storage: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="did not start again: no memory is free on the GPU"):
+        run_search(study(), storage=storage, open_evaluator=RefusesToOpen(starts=1))
+    assert study_status(storage, "formula")["stopped"] == (
+        "the engine died (no heartbeat) and did not start again: no memory is free on the GPU"
+    )
+    outcome = run_search(study(), storage=storage, open_evaluator=opener())
+    sound = run_search(study(), storage=tmp_path / "sound", open_evaluator=opener())
+    assert scores(outcome) == scores(sound)
 
 
 def test_a_generation_without_any_score_stops_the_run_and_tells_nothing(
