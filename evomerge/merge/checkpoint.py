@@ -102,7 +102,7 @@ class Checkpoint:
         """
         file = self.tensors[name].file
         if file not in self._files:
-            self._files[file] = safetensors.safe_open(file, framework="pt")
+            self._files[file] = _open_tensors(file)
         tensor: Tensor = self._files[file].get_tensor(name)
         return tensor
 
@@ -180,8 +180,9 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes `directory` only when the block ends without an error.
 
     So a directory that exists is whole; what a killed writer leaves behind ends in `.partial`, and
-    the next writer removes it. Raises OutputExistsError, before the block runs, where `directory`
-    is there, not empty and not to be overwritten; ConfigError where it cannot be made.
+    the next writer removes it. What it replaces is `.replaced` until it is gone, marked as ours.
+    Raises OutputExistsError, before the block runs, where `directory` is there, not empty and not
+    to be overwritten; ConfigError where it cannot be made, or a folder of others has such a name.
     """
     directory = directory.absolute()
     _refuse_taken(directory, overwrite=overwrite)
@@ -189,6 +190,8 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             _remove_if_ours(partial)
+            if _is_filled(directory):
+                _remove_if_ours(_replaced(directory))
             partial.mkdir(parents=True)
             stack.enter_context(_marked(partial))
         except OSError as error:
@@ -206,7 +209,7 @@ def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     """Raises OutputExistsError where `directory` is taken; `overwrite` replaces models alone."""
     _refuse_taken(directory, overwrite=overwrite)
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+    if _is_filled(directory) and not (directory / CONFIG_FILE).is_file():
         raise OutputExistsError(
             f"{directory}: is not empty and no model directory, so it is not replaced; "
             "choose another name"
@@ -216,7 +219,7 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
 def _refuse_taken(directory: Path, *, overwrite: bool) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputExistsError(f"{directory}: exists and is no folder; choose another name")
-    if directory.is_dir() and not overwrite and any(directory.iterdir()):
+    if not overwrite and _is_filled(directory):
         raise OutputExistsError(
             f"{directory}: exists and is not empty; choose another name or say --overwrite"
         )
@@ -239,26 +242,55 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_headers(file: Path) -> dict[str, TensorHeader]:
     """The headers of one safetensors file, in the order of the file's header.
 
-    Raises ConfigError where the file is shorter or longer than its header says.
+    Raises ConfigError where the file is shorter or longer than its header says, or where a tensor
+    has other bytes than its shape and dtype need.
     """
     header, data_start = _read_raw_header(file)
     header.pop("__metadata__", None)
-    data_end = data_start
-    tensors = {}
+    tensors, places = {}, {}
     for name, entry in header.items():
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            data_end = max(data_end, data_start + int(entry["data_offsets"][1]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{file}: tensor {name} has a broken header: {error!r}") from error
-        tensors[name] = TensorHeader(name, dtype, shape, file)
+        tensors[name], places[name] = TensorHeader(name, dtype, shape, file), (begin, end)
     size = file.stat().st_size
+    data_end = data_start + max((end for _, end in places.values()), default=0)
     if size != data_end:
         raise ConfigError(
             f"{file}: is truncated or damaged: {size} bytes, but its header describes {data_end}; "
             "fetch the file again"
         )
+    _check_places(file, tensors, places)
     return tensors
+
+
+def _check_places(
+    file: Path, tensors: Mapping[str, TensorHeader], places: Mapping[str, tuple[int, int]]
+) -> None:
+    """Raises ConfigError unless the tensors follow each other, each as long as its numbers."""
+    previous_end = 0
+    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        header = tensors[name]
+        if min(header.shape, default=0) < 0 or end - begin != _num_bytes(header):
+            raise ConfigError(
+                f"{file}: tensor {name} has a broken header: {end - begin} bytes for shape "
+                f"{list(header.shape)} of {header.dtype}; fetch the file again"
+            )
+        if begin != previous_end:
+            raise ConfigError(
+                f"{file}: tensor {name} has a broken header: it begins at byte {begin}, but the "
+                f"one before it ends at {previous_end}; fetch the file again"
+            )
+        previous_end = end
+
+
+def _open_tensors(file: Path) -> Any:
+    try:
+        return safetensors.safe_open(file, framework="pt")
+    except safetensors.SafetensorError as error:  # of what our own checks of headers let through
+        raise ConfigError(f"{file}: is damaged ({error}); fetch the file again") from error
 
 
 def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -380,10 +412,19 @@ def _write_index(path: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _is_filled(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _replaced(directory: Path) -> Path:
+    """Where the old `directory` is while the new one takes its place."""
+    return directory.with_name(directory.name + ".replaced")
+
+
 @contextmanager
-def _marked(partial: Path) -> Iterator[None]:
-    """Our marker in `partial`, locked as long as its writer lives."""
-    with (partial / MARKER_FILE).open("w", encoding="utf-8") as marker:
+def _marked(folder: Path) -> Iterator[None]:
+    """Our marker in `folder`, locked as long as its writer lives."""
+    with (folder / MARKER_FILE).open("w", encoding="utf-8") as marker:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.lockf(marker, fcntl.LOCK_EX)
         marker.write(f"{os.getpid()}\n")
@@ -391,32 +432,51 @@ def _marked(partial: Path) -> Iterator[None]:
         yield
 
 
-def _remove_if_ours(partial: Path) -> None:
+def _remove_if_ours(folder: Path) -> None:
     """Removes what a killed writer left; raises ConfigError where that is not what is there."""
-    if not partial.exists():
+    if not folder.exists():
         return
-    marker = partial / MARKER_FILE
-    if partial.is_dir() and not any(partial.iterdir()):
-        partial.rmdir()  # killed before it could be marked
+    marker = folder / MARKER_FILE
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()  # killed before it could be marked, or after all but it was gone
         return
     if not marker.is_file():
-        raise ConfigError(f"{partial}: is in the way and not ours; move or remove it")
+        raise ConfigError(f"{folder}: is in the way and not ours; move or remove it")
     with marker.open("r+", encoding="utf-8") as opened:
         try:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
-                f"{partial}: process {opened.read().strip()} is writing it; wait for its end"
+                f"{folder}: process {opened.read().strip()} is writing it; wait for its end"
             ) from None
-        shutil.rmtree(partial)
+        _remove_marked(folder)
+
+
+def _remove_marked(folder: Path) -> None:
+    """Removes `folder`, its marker last: what a kill leaves of it is known as ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER_FILE:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _replace(partial: Path, directory: Path) -> None:
     """Renames `partial` to `directory`; what was there goes only when the new one is whole."""
-    replaced = directory.with_name(directory.name + ".replaced")
-    if directory.is_dir() and any(directory.iterdir()):
-        directory.rename(replaced)
+    try:
+        if not _is_filled(directory):
+            _rename_marked(partial, directory)
+            return
+        replaced = _replaced(directory)
+        with _marked(directory):
+            directory.rename(replaced)
+            _rename_marked(partial, directory)
+            _remove_marked(replaced)
+    except OSError as error:
+        raise disk_failure(directory, error) from error
+
+
+def _rename_marked(partial: Path, directory: Path) -> None:
     partial.rename(directory)  # a rename onto an empty folder replaces it
     (directory / MARKER_FILE).unlink()
-    if replaced.exists():
-        shutil.rmtree(replaced)

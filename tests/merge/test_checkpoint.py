@@ -167,6 +167,49 @@ def test_a_broken_header_is_named(tmp_path: Path, header: bytes, said: str) -> N
     assert said in opening(tmp_path)
 
 
+def header_file(directory: Path, **entries: object) -> Path:
+    """A model of 16 bytes of numbers, under a header that says `entries` of them."""
+    (directory / "config.json").write_text("{}")
+    header = json.dumps(entries).encode()
+    file = directory / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    return file
+
+
+def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": entry([5], 0, 16)}, "tensor a has a broken header: 16 bytes for shape [5] of"),
+        ({"a": entry([4], 0, 16, "BF16")}, "tensor a has a broken header: 16 bytes for shape [4]"),
+        ({"a": entry([-2, -2], 0, 16)}, "tensor a has a broken header: 16 bytes for shape [-2, -2"),
+        (
+            {"a": entry([4], 0, 16), "b": entry([2], 8, 16)},
+            "tensor b has a broken header: it begins at byte 8, but the one before it ends at 16",
+        ),
+        (
+            {"a": entry([2], 8, 16)},
+            "tensor a has a broken header: it begins at byte 8, but the one before it ends at 0",
+        ),
+    ],
+)
+def test_a_header_that_disagrees_with_itself_is_named(
+    tmp_path: Path, entries: dict[str, object], said: str
+) -> None:
+    file = header_file(tmp_path, **entries)
+    assert opening(tmp_path).startswith(f"{file}: {said}")
+
+
+def test_a_file_that_only_the_library_finds_damaged_is_named(tmp_path: Path) -> None:
+    file = header_file(tmp_path, __metadata__={"format": 1}, a=entry([4], 0, 16))
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint.open(tmp_path).read("a")
+    assert str(caught.value).startswith(f"{file}: is damaged (")
+
+
 @pytest.mark.parametrize(
     ("index", "said"),
     [
@@ -370,6 +413,63 @@ def test_a_partial_folder_that_is_not_ours_stays(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not ours"), published(tmp_path / "out"):
         pytest.fail("the work must not begin")
     assert os.listdir(tmp_path / "out.partial") == ["theirs"]
+
+
+def test_a_replaced_folder_that_is_not_ours_stays(tmp_path: Path) -> None:
+    for name in ("out", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theirs").write_text(name)
+    with (
+        pytest.raises(ConfigError, match=r"out\.replaced: is in the way and not ours"),
+        published(tmp_path / "out", overwrite=True),
+    ):
+        pytest.fail("the work must not begin")
+    for name in ("out", "out.replaced"):
+        assert (tmp_path / name / "theirs").read_text() == name
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.replaced"]
+
+
+def test_a_new_folder_leaves_one_beside_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "theirs").write_text("1")
+    with published(tmp_path / "out", overwrite=True) as partial:
+        (partial / "new").write_text("1")
+    assert os.listdir(tmp_path / "out.replaced") == ["theirs"]
+
+
+REPLACER = """
+import os, signal, sys
+from pathlib import Path
+from evomerge.merge.checkpoint import published
+removed = []
+
+def kill_at_removal(event, arguments):
+    if event == "os.remove":
+        removed.append(arguments)
+        if len(removed) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+with published(Path(sys.argv[1]), overwrite=True) as partial:
+    (partial / "new").write_text("1")
+    sys.addaudithook(kill_at_removal)
+"""
+
+
+# Removed are, in this order: the new folder's marker, three old files, the old folder's marker.
+@pytest.mark.parametrize("removal", [1, 2, 3, 4, 5])
+def test_a_writer_killed_while_it_replaces_is_in_nobodys_way(tmp_path: Path, removal: int) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a", "b", "c"):
+        (out / name).write_text("old")
+    killed = subprocess.run([sys.executable, "-c", REPLACER, str(out), str(removal)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.replaced"]
+    assert (out / "new").read_text() == "1"
+    with published(out, overwrite=True) as partial:
+        (partial / "newer").write_text("1")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == ["newer"]
 
 
 def test_every_dtype_has_one_code() -> None:
