@@ -27,20 +27,6 @@ class UnitKey:
     scorer: str
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """One answer with its grade; None where it could not be scored."""
-
-    candidate: str
-    task: str
-    attempt: int
-    prompt: str
-    answer: str
-    finish_reason: str
-    grade: float | None
-    seconds: float
-
-
 def record(
     connection: sql.Connection,
     study_id: int,
@@ -92,26 +78,6 @@ def grades_by_candidate(
     for candidate, task, grade in connection.execute(query):
         found.setdefault(candidate, {})[task] = grade
     return found
-
-
-def read_rows(connection: sql.Connection, study_id: int, candidate: str) -> list[LedgerRow]:
-    """The answers of one candidate in the order in which they were written."""
-    query = (
-        sql.select(
-            answers.c.candidate,
-            answers.c.task,
-            answers.c.attempt,
-            answers.c.prompt,
-            answers.c.answer,
-            answers.c.finish_reason,
-            grades.c.grade,
-            answers.c.seconds,
-        )
-        .join(grades, grades.c.answer_id == answers.c.id)
-        .where(answers.c.study_id == study_id, answers.c.candidate == candidate)
-        .order_by(answers.c.id)
-    )
-    return [LedgerRow(*row) for row in connection.execute(query)]
 
 
 def _answer_row(

@@ -97,10 +97,17 @@ class Suite:
 
     @property
     def settings(self) -> GenerationSettings:
-        """How answers are generated."""
+        """How answers are generated.
+
+        Sampled ones with a seed that is a function of `digest` alone: so a resumed search draws
+        what an unbroken one does, and candidates are compared with the same random numbers.
+        """
         config = self.config
         return GenerationSettings(
-            max_tokens=config.max_tokens, temperature=config.temperature, stop=config.stop
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            stop=config.stop,
+            seed=int(self.digest[:8], 16) if config.temperature else None,
         )
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.recipe import Recipe, recipe_from_mapping
@@ -37,8 +38,14 @@ def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
             Candidate(model_label(index), plain_recipe(model, space.dtype))
             for index, model in enumerate(space.models)
         ),
-        Candidate(UNIFORM, space.decode(space.uniform(1 / len(space.models)))),
+        Candidate(UNIFORM, uniform_recipe(space)),
     )
+
+
+def uniform_recipe(space: SearchSpace) -> Recipe:
+    """The merge whose weights are all 1 / number of models, also where the bounds exclude that."""
+    anywhere = space.config.model_copy(update={"weight": (-math.inf, math.inf)})
+    return replace(space, config=anywhere).decode(space.uniform(1 / len(space.models)))
 
 
 def plain_recipe(model: str, dtype: str) -> Recipe:

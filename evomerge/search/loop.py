@@ -299,7 +299,10 @@ class _Search:
         config = study.config.sampler
         with self._watch.measure("ask"):
             sampler = CmaEs(
-                start=study.space.uniform(1 / len(study.models)),
+                # The uniform merge, or what the bounds have nearest to it.
+                start=study.space.uniform(1 / len(study.models)).clip(
+                    study.space.low, study.space.high
+                ),
                 sigma0=config.sigma0,
                 population=study.population,
                 seed=config.seed,

@@ -16,6 +16,7 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
+from evomerge.search.candidates import uniform_recipe
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace
 
@@ -82,7 +83,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     )
     _check_layer_counts(config, [checkpoints[str(folder)] for folder in (base, *models)])
     # Plans the merge once: models that do not fit together are found before an engine starts.
-    make_plan(space.decode(space.uniform(1 / len(models))), checkpoints)
+    make_plan(uniform_recipe(space), checkpoints)
     return ResolvedStudy(
         config=config,
         storage=storage,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,7 +12,6 @@ from evomerge.recipe import Recipe
 from evomerge.search.candidates import (
     BASE,
     UNIFORM,
-    baselines,
     candidate_of,
     model_label,
     space_from_mapping,
@@ -175,14 +174,6 @@ def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:
     if best is None:
         raise ConfigError(f"study {name} has no scored trial yet")
     return candidate_of(space, history.genomes, best.label).recipe
-
-
-def baseline_recipes(storage: Path, name: str) -> Mapping[str, Recipe]:
-    """The recipes of the baselines by label: "base", "model 0" …, "uniform"."""
-    log = _existing_log(storage, name)
-    log.close()
-    space = space_from_mapping(begun_with(log)["space"])
-    return {candidate.label: candidate.recipe for candidate in baselines(space)}
 
 
 def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> StudyConfig:

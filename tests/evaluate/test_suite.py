@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from evomerge.recipe import Recipe
 from pydantic import ValidationError
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
@@ -22,6 +21,7 @@ from evomerge.evaluate.suite import (
     load_suite,
     split_holdout,
 )
+from evomerge.recipe import Recipe
 
 
 class EchoEngine(Engine):
@@ -226,6 +226,17 @@ def test_all_tasks_are_asked_in_one_call_and_graded_in_order(tmp_path: Path) -> 
     ]
     settings = GenerationSettings(max_tokens=4, stop=("\n",))
     assert engine.calls == [(["say x", "say y"], settings, True)]
+
+
+def test_sampled_answers_have_a_seed_that_follows_from_the_suite_alone(tmp_path: Path) -> None:
+    rows = [{"input": "x", "output": "x"}]
+    greedy, sampled = suite_of(tmp_path, rows), suite_of(tmp_path, rows, temperature=0.7)
+    assert greedy.settings.seed is None
+    assert sampled.settings.seed == int(sampled.digest[:8], 16)
+    (tmp_path / "other").mkdir()
+    assert suite_of(tmp_path / "other", rows, temperature=0.7).settings == sampled.settings
+    other = suite_of(tmp_path, [*rows, {"input": "y", "output": "y"}], temperature=0.7)
+    assert other.settings.seed != sampled.settings.seed
 
 
 def test_a_chat_template_is_used_where_there_is_one_and_adds_the_special_tokens(

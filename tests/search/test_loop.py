@@ -19,7 +19,6 @@ from evomerge.search.log import begun_with
 from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import ResolvedStudy
 from evomerge.search.status import (
-    baseline_recipes,
     list_studies,
     stored_study,
     study_status,
@@ -116,8 +115,25 @@ def test_scores_are_the_mean_grades_of_the_decoded_recipes(study: Study, storage
     assert winner == outcome.recipe == trial_recipe(storage, "formula")
     held_out = [formula_grade(winner, task) for task in holdout]
     assert outcome.status["outcome"]["holdout"]["evolved"] == math.fsum(held_out) / len(held_out)
-    uniform = baseline_recipes(storage, "formula")["uniform"]
-    assert weights_of(uniform) == [0.5] * 4
+
+
+def test_bounds_hold_for_the_start_of_the_search_but_not_for_the_uniform_merge(
+    study: Study, storage: Path
+) -> None:
+    uniform: list[list[float]] = []
+
+    def note(recipe: Recipe) -> None:
+        if recipe.models is None:
+            uniform.append(weights_of(recipe))
+
+    asked = study(
+        search_space={"layer_granularity": 2, "weight": [0.8, 1.2]},
+        sampler={"population": 6, "sigma0": 1e-6},
+    )
+    outcome = run_search(asked, storage=storage, open_evaluator=opener(fails=note), trials=6)
+    assert uniform[0] == [0.5] * 4
+    genes = [gene for trial in outcome.status["trials"] for gene in trial["genome"]]
+    assert genes == pytest.approx([0.8] * 24, abs=1e-5)
 
 
 def test_a_finished_study_is_not_evaluated_again(study: Study, storage: Path) -> None:

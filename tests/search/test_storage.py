@@ -21,7 +21,7 @@ from evomerge.database import (
     open_database,
 )
 from evomerge.errors import ConfigError, RunError
-from evomerge.evaluate.ledger import UnitKey, mean_grade, read_rows
+from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.suite import TaskResult
 from evomerge.search import log as event
 from evomerge.search.log import EventLog, Measurement
@@ -173,9 +173,9 @@ def test_answers_that_no_database_takes_are_kept_with_marks(log: EventLog, tmp_p
     log.append(scored("trial 0", [result("a", answer="x\0y \ud800 \U0001f600 é")]))
     engine = open_database(tmp_path)
     with engine.connect() as connection:
-        (row,) = read_rows(connection, 1, "trial 0")
+        (answer,) = connection.scalars(sql.select(answers.c.answer))
     engine.dispose()
-    assert row.answer == "x�y � \U0001f600 é"
+    assert answer == "x�y � \U0001f600 é"
 
 
 def test_the_score_is_the_mean_of_the_grades_there_are() -> None:
