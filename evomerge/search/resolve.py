@@ -23,7 +23,7 @@ from evomerge.space import SearchSpace
 Result = TypeVar("Result")
 
 # These cannot change an answer: where the weights come in, and how much memory may be taken.
-_HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "swap_space", "cpu_offload_gb")
+_HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "cpu_offload_gb")
 
 
 @dataclass(frozen=True)

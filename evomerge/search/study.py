@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -29,13 +31,6 @@ from evomerge.resources import locate
 from evomerge.space import SpaceConfig
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-# Settings of vLLM that a file from somebody else may carry: they load no code and open no path.
-ENGINE_OPTIONS = (
-    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"),
-    *("block_size", "gpu_memory_utilization", "swap_space", "cpu_offload_gb"),
-    *("enforce_eager", "enable_prefix_caching", "kv_cache_dtype", "seed"),
-)
 
 _SAMPLERS_TO_COME = ("xnes", "gp", "tpe", "random")
 
@@ -80,21 +75,52 @@ class BudgetConfig(_Strict):
         return budget
 
 
-class EngineSettings(BaseModel):
+# Strict, so that a quoted number or `true` is not taken for a number.
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Switch = Annotated[bool, Field(strict=True)]
+
+
+class EngineOptions(BaseModel):
+    """Settings of vLLM (fields of its `EngineArgs`) that a file from somebody else may carry.
+
+    They load no code and open no path. None: as vLLM has it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    max_model_len: _Count | None = None
+    max_num_seqs: _Count | None = None
+    max_num_batched_tokens: _Count | None = None
+    tensor_parallel_size: _Count | None = None
+    block_size: _Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    cpu_offload_gb: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)] | None = None
+    enforce_eager: _Switch | None = None
+    enable_prefix_caching: _Switch | None = None
+    kv_cache_dtype: Annotated[str, Field(min_length=1)] | None = None
+    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+
+class EngineSettings(EngineOptions):
     """The `engine:` of a study; `options` go to the engine as they are.
 
     `name` "auto" is vLLM where it is installed, else transformers. `threads`: of the CPU, None for
     one per core. `url`: a vLLM server that runs already, which no unit has to itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
-
     name: Literal["auto", "vllm", "transformers"] = "auto"
     repeatable: bool = True
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     load: Literal["live", "disk"] = "live"
     threads: Annotated[int, Field(ge=1)] | None = None
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _may_be_sent_recipes(cls, url: str | None, info: ValidationInfo) -> str | None:
+        if url is not None:
+            _check_url(url, _is_trusted(info))
+        return url
 
     @model_validator(mode="after")
     def _promises_what_it_can(self) -> EngineSettings:
@@ -106,14 +132,15 @@ class EngineSettings(BaseModel):
     @classmethod
     def _knows_its_keys(cls, settings: object, info: ValidationInfo) -> object:
         if isinstance(settings, Mapping):
-            trusted = bool((info.context or {}).get("trust_code"))
-            _check_engine_keys([str(key) for key in settings], trusted)
+            _check_engine_keys([str(key) for key in settings], _is_trusted(info))
         return settings
 
     @property
     def options(self) -> dict[str, object]:
         """The settings beyond those of evomerge itself."""
-        return dict(self.model_extra or {})
+        known = {name: getattr(self, name) for name in EngineOptions.model_fields}
+        asked = {name: value for name, value in known.items() if value is not None}
+        return asked | (self.model_extra or {})
 
 
 class StorageConfig(_Strict):
@@ -240,9 +267,39 @@ def study_directory(storage: Path, name: str) -> Path:
     return storage / "studies" / name
 
 
+def _is_trusted(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("trust_code"))
+
+
+def _check_url(url: str, trusted: bool) -> None:
+    """Raises ValueError unless a server at `url` may be used: without trust, one on this machine.
+
+    The server is sent recipes and prompts, and its answers decide the search.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r} is no address of a server: {error}") from error
+    if "@" in parts.netloc:
+        raise ValueError("user and password do not belong into a study file; leave them out")
+    if not (trusted or _is_this_machine(host)):
+        raise ValueError(
+            f"{host!r} is another machine, which needs --trust-code on the command line; "
+            "without it right are localhost, 127.0.0.1 and [::1]"
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _check_engine_keys(keys: Sequence[str], trusted: bool) -> None:
     """Raises ValueError that says of each key what is wrong with it."""
-    known = (*EngineSettings.model_fields, *ENGINE_OPTIONS)
+    known = tuple(EngineSettings.model_fields)
     mistakes = [
         f"unknown key {key!r}{_nearest(key, known)}; other settings of vLLM need --trust-code "
         "on the command line"

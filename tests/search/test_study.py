@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import yaml
 
 from evomerge.errors import ConfigError
 from evomerge.search.resolve import resolve_study, what_changed
-from evomerge.search.study import StudyConfig, read_study, study_from_mapping
+from evomerge.search.study import EngineOptions, StudyConfig, read_study, study_from_mapping
 
 MINIMAL = {
     "study": "s",
@@ -113,13 +115,86 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
 def test_unknown_engine_keys_need_trust(tmp_path: Path) -> None:
     study = {**MINIMAL, "engine": {"max_model_len": 64, "worker_cls": "evil:Worker"}}
     message = complaint(tmp_path, study)
-    assert message.startswith("FILE: engine: unknown key 'worker_cls'; known are name, ")
+    assert message.startswith("FILE: engine: unknown key 'worker_cls'; known are max_model_len, ")
     assert message.endswith("need --trust-code on the command line")
     path = tmp_path / "study.yaml"
     trusted = read_study(str(path), trust_code=True)
     assert trusted.engine.options == {"max_model_len": 64, "worker_cls": "evil:Worker"}
     near = complaint(tmp_path, {**MINIMAL, "engine": {"max_model_ln": 64}})
     assert "unknown key 'max_model_ln'; did you mean 'max_model_len'?" in near
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_model_len", "abc"),
+        ("max_model_len", -5),
+        ("max_num_seqs", True),
+        ("gpu_memory_utilization", 1.5),
+        ("enforce_eager", "yes"),
+        ("kv_cache_dtype", 8),
+        ("seed", 0.5),
+    ],
+)
+def test_an_engine_option_of_the_wrong_kind_is_named(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    message = complaint(tmp_path, {**MINIMAL, "engine": {key: value}}, trust_code=True)
+    assert message.startswith(f"FILE: engine.{key}: ")
+    assert message.endswith(f"(given: {value!r})")
+
+
+def test_the_engine_options_are_those_of_the_file(tmp_path: Path) -> None:
+    options = {"max_model_len": 64, "gpu_memory_utilization": 1, "enforce_eager": False}
+    engine = StudyConfig.model_validate({**MINIMAL, "engine": {"load": "disk", **options}}).engine
+    assert engine.options == options
+
+
+def test_engine_options_are_arguments_that_vllm_has() -> None:
+    """Read from its source: importing it takes half a minute."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    (arguments,) = (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+    )
+    fields = {
+        node.target.id
+        for node in arguments.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert set(EngineOptions.model_fields) - fields == set()
+
+
+SERVER = {"name": "vllm", "repeatable": False}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000", "https://127.1.2.3/v1", "http://[::1]:8000"]
+)
+def test_a_server_on_this_machine_needs_no_trust(url: str) -> None:
+    study = StudyConfig.model_validate({**MINIMAL, "engine": {**SERVER, "url": url}})
+    assert study.engine.url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org:8000", "http://10.0.0.1", "http://localhost.example.org"]
+)
+def test_a_server_elsewhere_needs_trust(tmp_path: Path, url: str) -> None:
+    study = {**MINIMAL, "engine": {**SERVER, "url": url}}
+    message = complaint(tmp_path, study)
+    assert message.startswith("FILE: engine.url: ")
+    assert "is another machine, which needs --trust-code" in message
+    assert read_study(str(tmp_path / "study.yaml"), trust_code=True).engine.url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@127.0.0.1", "http://127.0.0.1:port", "http://a b", "ftp://localhost"]
+)
+def test_an_address_that_is_none_is_refused_even_with_trust(tmp_path: Path, url: str) -> None:
+    study = {**MINIMAL, "engine": {**SERVER, "url": url}}
+    assert complaint(tmp_path, study, trust_code=True).startswith("FILE: engine.url: ")
 
 
 def test_quantised_engines_are_refused_even_with_trust(tmp_path: Path) -> None:
