@@ -27,9 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 SYSTEM = "Answer with one word."
 TASKS_OF_EACH = 40
-# Unlike, as experts are: what one of them can bear is too much for the other, so that no weight
-# common to both is a good one.
-LEARNING_RATES = {"kind": 5e-3, "past": 1e-3}
 
 KINDS = {
     "animal": "dog cat horse cow sheep tiger lion eagle shark whale frog snake mouse rabbit bear "
@@ -144,7 +141,7 @@ def train(
     steps: int,
     batch: int,
     seed: int,
-    learning_rate: float,
+    learning_rate: float = 1e-3,
 ) -> None:
     """Trains the adapter in place, in float32; the learning rate falls linearly to a tenth."""
     source = random.Random(seed)
@@ -194,8 +191,7 @@ def make_adapter(skill: str, out: Path, *, steps: int, batch: int, seed: int) ->
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    rate = LEARNING_RATES[skill]
-    train(model, tokenizer, skill, steps=steps, batch=batch, seed=seed, learning_rate=rate)
+    train(model, tokenizer, skill, steps=steps, batch=batch, seed=seed)
     for name in ("kind", "past"):
         print(f"{skill} on {name}: {exact_share(model, tokenizer, split_questions(name)[1]):.2f}")
     for parameter in model.parameters():
