@@ -69,7 +69,6 @@ class EngineConfig:
     scratch: str | None = None
     threads: int | None = None
     url: str | None = None
-    trust_remote_code: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -1,31 +1,46 @@
-"""What every engine knows of its recipes: their plans, and which of them it can become live."""
+"""What every engine over local checkpoints does alike: plan recipes, render and count prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evomerge.engine.base import Engine, EngineConfig
+from evomerge.engine.tokenizer import Tokenizer
+from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan, make_plan
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, recipe_from_mapping
+
+_CANDIDATE = "candidate"
 
 
-class Planner:
-    """Plans recipes over the checkpoints that an engine was started with.
+class PlanningEngine(Engine):
+    """An engine that serves `config.model` and becomes merges of it and `config.sources`."""
 
-    `model` is the directory that the engine serves, `sources` what recipes may name besides.
-    """
-
-    def __init__(self, model: str, sources: tuple[str, ...], dtype: str) -> None:
-        names = dict.fromkeys([model, *sources])
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        names = dict.fromkeys([config.model, *config.sources])
         self.checkpoints: Mapping[str, Checkpoint] = {
             name: Checkpoint.open(Path(name)) for name in names
         }
-        self._served = {n: h.shape for n, h in self.checkpoints[model].tensors.items()}
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self.tokenizer = Tokenizer(config.model, trust_remote_code=self.trusts_remote_code)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._served = _shapes(self.plan(self._plain_recipe()))
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether the user turned on code that comes with a model."""
+        return bool(self.config.options.get("trust_remote_code", False))
+
+    def _plain_recipe(self) -> Recipe:
+        mapping = {"merge_method": "passthrough", "models": [{"model": self.config.model}]}
+        return recipe_from_mapping(mapping, self.config.model)
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of `recipe`; ConfigError or CandidateError where there is none."""
@@ -33,15 +48,51 @@ class Planner:
 
     def obstacle(self, plan: MergePlan) -> str | None:
         """Why the served model cannot become that of `plan` in place; None if it can."""
-        wanted = {entry.name: tuple(entry.shape) for entry in plan.entries}
         if plan.dtype != self._dtype:
             return f"its dtype is {plan.dtype}, the engine's {self._dtype}"
+        wanted = _shapes(plan)
         if differing := wanted.keys() ^ self._served.keys():
             return f"it and the served model do not both have the tensor {min(differing)}"
         for name, shape in wanted.items():
-            if shape != tuple(self._served[name]):
+            if shape != self._served[name]:
                 return f"{name} has shape {shape}, in the served model {self._served[name]}"
         return None
+
+    def supports(self, recipe: Recipe) -> str | None:
+        return self.obstacle(self.plan(recipe))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self.tokenizer.render(messages)
+
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.has_chat_template
+
+    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [
+            self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            for prompt in prompts
+        ]
+
+
+def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:
+    return {entry.name: tuple(entry.shape) for entry in plan.entries}
+
+
+def write_candidate(recipe: Recipe, scratch: str | None) -> Path:
+    """The model of `recipe` in a folder under `scratch`, in place of the previous one there."""
+    if scratch is None:
+        raise ConfigError("engine: load: disk needs a directory for its models (scratch)")
+    return materialize(recipe, Path(scratch) / _CANDIDATE, overwrite=True)
+
+
+def remove_candidate(scratch: str | None) -> None:
+    """Removes what `write_candidate` left."""
+    if scratch is not None:
+        shutil.rmtree(Path(scratch) / _CANDIDATE, ignore_errors=True)
 
 
 def update_message(recipe: Recipe, plan: MergePlan, *, clear: bool) -> dict[str, Any]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import Planner
-from evomerge.engine.tokenizer import Tokenizer
-from evomerge.errors import CandidateError, ConfigError
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.planning import PlanningEngine, remove_candidate, write_candidate
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.kernels import compile_pays, merge_into
-from evomerge.merge.materialize import materialize
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe
@@ -23,15 +21,18 @@ from evomerge.recipe import Recipe
 BATCH = 64
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(PlanningEngine):
     """An `AutoModelForCausalLM` whose parameters a recipe is computed into, in place."""
 
     name = "transformers"
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.planner = Planner(config.model, config.sources, config.dtype)
-        self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        if unknown := sorted(set(config.options) - {"max_model_len", "trust_remote_code"}):
+            raise ConfigError(
+                f"engine: {unknown[0]}: not an option of the transformers engine; it has "
+                "max_model_len"
+            )
+        super().__init__(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -39,11 +40,7 @@ class TransformersEngine(Engine):
         elements = sum(parameter.numel() for parameter in self.model.parameters())
         self._compiled = compile_pays(elements, self.device)
         self._version = "default"
-        if unknown := sorted(set(config.options) - {"max_model_len"}):
-            raise ConfigError(
-                f"engine: {unknown[0]}: not an option of the transformers engine; it has "
-                "max_model_len"
-            )
+        self._is_from_disk = False
 
     def _open(self, directory: str) -> Any:
         from transformers import AutoModelForCausalLM
@@ -52,7 +49,7 @@ class TransformersEngine(Engine):
             model = AutoModelForCausalLM.from_pretrained(
                 Path(directory),
                 dtype=getattr(torch, self.config.dtype),
-                trust_remote_code=self.config.trust_remote_code,
+                trust_remote_code=self.trusts_remote_code,
                 use_safetensors=True,
                 local_files_only=True,
             )
@@ -61,25 +58,24 @@ class TransformersEngine(Engine):
         moved: Any = model
         return moved.to(self.device).eval()
 
-    def _obstacle(self, plan: MergePlan) -> str | None:
-        if obstacle := self.planner.obstacle(plan):
+    def obstacle(self, plan: MergePlan) -> str | None:
+        if obstacle := super().obstacle(plan):
             return obstacle
         names = {entry.name for entry in plan.entries}
-        if foreign := names - self._parameters().keys():
+        if not self._is_from_disk and (foreign := names - self._parameters().keys()):
             return f"transformers keeps {min(foreign)} under another name"
         return None
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
-    def supports(self, recipe: Recipe) -> str | None:
-        return self._obstacle(self.planner.plan(recipe))
-
     def load(self, recipe: Recipe) -> Loaded:
         start = time.perf_counter()
-        plan = self.planner.plan(recipe)
-        live = self.config.load == "live" and self._obstacle(plan) is None
+        plan = self.plan(recipe)
+        live = self.config.load == "live" and self.obstacle(plan) is None
         if live:
+            if self._is_from_disk:  # that one has its own layers and ties
+                self.model, self._is_from_disk = self._open(self.config.model), False
             self._apply(plan)
         else:
             self._load_from_disk(recipe)
@@ -90,7 +86,7 @@ class TransformersEngine(Engine):
         parameters = self._parameters()
         for entry in plan.entries:
             inputs = [
-                self.planner.checkpoints[source.model].read(source.name).to(self.device)
+                self.checkpoints[source.model].read(source.name).to(self.device)
                 for source in entry.inputs
             ]
             out = parameters[entry.name].data
@@ -99,20 +95,8 @@ class TransformersEngine(Engine):
                 raise CandidateError(f"{entry.name} has NaN or infinite values")
 
     def _load_from_disk(self, recipe: Recipe) -> None:
-        if self.config.scratch is None:
-            raise ConfigError("engine: load: disk needs a directory for its models (scratch)")
-        directory = Path(self.config.scratch) / "candidate"
-        materialize(recipe, directory, overwrite=True)
-        self.model = self._open(str(directory))
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self.tokenizer.render(messages)
-
-    def has_chat_template(self) -> bool:
-        return self.tokenizer.has_chat_template
-
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+        directory = write_candidate(recipe, self.config.scratch)
+        self.model, self._is_from_disk = self._open(str(directory)), True
 
     @property
     def max_model_len(self) -> int:
@@ -125,15 +109,11 @@ class TransformersEngine(Engine):
     ) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(prompts), BATCH):
-            batch = self._encode(prompts[start : start + BATCH], add_special_tokens)
+            batch = self.encode(
+                prompts[start : start + BATCH], add_special_tokens=add_special_tokens
+            )
             completions += self._generate_batch(batch, settings)
         return completions
-
-    def _encode(self, prompts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        return [
-            self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-            for prompt in prompts
-        ]
 
     def _generate_batch(
         self, prompts: list[list[int]], settings: GenerationSettings
@@ -149,13 +129,17 @@ class TransformersEngine(Engine):
             stop = list(settings.stop)
             arguments |= {"stop_strings": stop, "tokenizer": self.tokenizer.inner}
         watch = _NaNWatch()
-        output = self.model.generate(
-            ids,
-            attention_mask=mask,
-            pad_token_id=self._padding(),
-            logits_processor=[watch],
-            **arguments,
-        )
+        try:
+            output = self.model.generate(
+                ids,
+                attention_mask=mask,
+                pad_token_id=self._padding(),
+                logits_processor=[watch],
+                **arguments,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not watch.seen:  # of which nothing can be sampled
+                raise EngineDiedError(f"transformers failed while generating: {error}") from error
         if watch.seen:
             raise CandidateError("its logits are NaN: activations overflow")
         answers = output[:, ids.shape[1] :].tolist()
@@ -203,7 +187,8 @@ class TransformersEngine(Engine):
     def log_probabilities(
         self, prompts: Sequence[str], *, add_special_tokens: bool
     ) -> list[list[float]]:
-        return [self._scored(ids) for ids in self._encode(prompts, add_special_tokens)]
+        encoded = self.encode(prompts, add_special_tokens=add_special_tokens)
+        return [self._scored(ids) for ids in encoded]
 
     def _scored(self, ids: list[int]) -> list[float]:
         tokens_1T = torch.tensor([ids], device=self.device)  # 1 = one prompt, T = its tokens
@@ -214,6 +199,7 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         del self.model
+        remove_candidate(self.config.scratch)
 
 
 class _NaNWatch:

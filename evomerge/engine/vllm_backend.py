@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from evomerge.engine.residency import Residency, View, memory_budget
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     clear_key_value_cache,
+    lowest_of_all_ranks,
     unpack_cpu_layers,
 )
 from evomerge.errors import CandidateError, EvomergeError
@@ -85,8 +86,9 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         self.sources = Residency.open(
             [served, *declared], device, device_bytes=on_device, pinned_bytes=pinned
         )
-        unpack_cpu_layers(model)
+        unpacked = unpack_cpu_layers(model)
         self.destinations = trace_loading(model, self.sources.checkpoint(served))
+        check_filled(unpacked, self.destinations)
         # vLLM sizes its key-value cache by what is left after this.
         self.sources.settle(
             (model, place.name, place.part)
@@ -131,22 +133,29 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         missing = {place.name for place in self.destinations} - entries.keys()
         if missing:
             raise EvomergeError(f"the recipe gives no tensor {min(missing)}, which this model has")
-        for place in self.destinations:
-            self._fill(place, entries[place.name])
+        broken = [
+            number
+            for number, place in enumerate(self.destinations)
+            if not self._fill(place, entries[place.name])
+        ]
+        # All ranks or none: one that fails alone leaves the others in an update that never ends.
+        first = lowest_of_all_ranks(min(broken, default=len(self.destinations)))
+        if first < len(self.destinations):
+            raise CandidateError(f"{self.destinations[first].name} has NaN or infinite values")
 
-    def _fill(self, place: Destination, entry: PlanEntry) -> None:
+    def _fill(self, place: Destination, entry: PlanEntry) -> bool:
+        """Computes one part into its place; whether all of it is finite."""
         keys = [(source.model, source.name, place.part) for source in entry.inputs]
         inputs = [self.sources.part(*key) for key in keys]
         rounded = place.into.dtype == entry.dtype
         out = place.into if rounded else torch.empty_like(place.into, dtype=entry.dtype)
         merge_into(out, entry.method, inputs, entry.weights, compiled=self.compiled)
+        if not rounded:
+            place.into.copy_(out)
         # A bound on the result from the inputs' magnitudes, known since the first candidate, spares
         # reading the result again.
         bound = largest_possible(entry, [self.sources.largest(*key) for key in keys])
-        if not bound < torch.finfo(entry.dtype).max and has_overflow(out):
-            raise CandidateError(f"{entry.name} has NaN or infinite values")
-        if not rounded:
-            place.into.copy_(out)
+        return bound < torch.finfo(entry.dtype).max or not has_overflow(out)
 
     def shutdown(self) -> None:
         """Nothing is held that the process does not give back."""
@@ -192,6 +201,22 @@ def trace_loading(model: Any, checkpoint: Checkpoint) -> list[Destination]:
             "loads; such a model cannot be merged live (use `engine: {load: disk}`)"
         )
     return recorder.destinations
+
+
+def check_filled(weights: Sequence[Tensor], destinations: Sequence[Destination]) -> None:
+    """Raises EvomergeError unless `destinations` cover every element of `weights` once."""
+    filled: dict[int, int] = {}
+    for place in destinations:
+        storage = place.into.untyped_storage().data_ptr()
+        filled[storage] = filled.get(storage, 0) + place.into.numel()
+    for weight in weights:
+        found = filled.get(weight.untyped_storage().data_ptr(), 0)
+        if found != weight.numel():
+            raise EvomergeError(
+                f"{found} of {weight.numel()} elements of a weight of shape {list(weight.shape)} "
+                "come from the checkpoint; such a model cannot be merged live (use `engine: "
+                "{load: disk}`)"
+            )
 
 
 class _CopyRecorder(TorchDispatchMode):

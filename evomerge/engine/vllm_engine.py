@@ -6,32 +6,35 @@ import contextlib
 import gc
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import Planner, update_message
-from evomerge.engine.tokenizer import Tokenizer
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.planning import (
+    PlanningEngine,
+    remove_candidate,
+    update_message,
+    write_candidate,
+)
+from evomerge.engine.plugin import OWNED_VARIABLE
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     end_engine,
     engine_failures,
+    logits_had_nan,
     while_alive,
 )
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
-from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe
 
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
-class VLLMEngine(Engine):
+class VLLMEngine(PlanningEngine):
     """A `vllm.LLM` with the evomerge weight-transfer backend.
 
     With `config.repeatable` the engine runs in this process, where a batch forms from all prompts
@@ -41,9 +44,7 @@ class VLLMEngine(Engine):
     name = "vllm"
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.planner = Planner(config.model, config.sources, config.dtype)
-        self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        super().__init__(config)
         self._version = "default"  # vLLM's own name for the weights that it was started with
         self._wrote_nan = False
         self._on_disk = config.load == "disk"
@@ -58,16 +59,13 @@ class VLLMEngine(Engine):
             check_vllm_version(vllm.__version__)
             try:
                 return vllm.LLM(**engine_arguments(self.config, directory, live=live))
-            except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            except Exception as error:  # vLLM's workers raise all kinds
                 raise ConfigError(f"vLLM does not start on {directory}: {error}") from error
-
-    def supports(self, recipe: Recipe) -> str | None:
-        return self.planner.obstacle(self.planner.plan(recipe))
 
     def load(self, recipe: Recipe) -> Loaded:
         start = time.perf_counter()
-        plan = self.planner.plan(recipe)
-        if self._on_disk or self.planner.obstacle(plan) is not None:
+        plan = self.plan(recipe)
+        if self._on_disk or self.obstacle(plan) is not None:
             self._load_from_disk(recipe, plan)
             return Loaded(plan.digest, "disk", time.perf_counter() - start)
         if self._llm is None:
@@ -84,35 +82,26 @@ class VLLMEngine(Engine):
         message = update_message(recipe, plan, clear=self._wrote_nan)
         self._llm.update_weights({"update_info": message})
         self._llm.finish_weight_update(weight_version=plan.digest)
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise EngineDiedError("vLLM still holds cached prefixes of the previous candidate")
         self._wrote_nan = False
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         """Writes the model under `scratch` and starts an engine on it in place of this one."""
-        if self.config.scratch is None:
-            raise ConfigError("engine: load: disk needs a directory for its models (scratch)")
-        directory = Path(self.config.scratch) / "candidate"
-        materialize(recipe, directory, overwrite=True)
+        directory = write_candidate(recipe, self.config.scratch)
         self._stop()
         self._on_disk = True  # a live engine and one per model do not fit beside each other
         self._llm = self._start(str(directory), live=False)
         self._llm.update_weight_version(plan.digest)
         self._version = plan.digest
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self.tokenizer.render(messages)
-
-    def has_chat_template(self) -> bool:
-        return self.tokenizer.has_chat_template
-
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
-
     @property
     def max_model_len(self) -> int:
-        if self._llm is None:
-            self._llm = self._start(self.config.model, live=False)
-        return int(self._llm.model_config.max_model_len)
+        if self._llm is not None:
+            return int(self._llm.model_config.max_model_len)
+        served = self.checkpoints[self.config.model].config
+        limit = self.config.options.get("max_model_len", served.get("max_position_embeddings"))
+        return int(str(limit))
 
     def generate(
         self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
@@ -131,7 +120,7 @@ class VLLMEngine(Engine):
 
     def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]
-        if output.metrics.is_corrupted:
+        if logits_had_nan(output):
             self._wrote_nan = True
             raise CandidateError("its logits are NaN: activations overflow")
         versions = {span.version for span in answer.weight_versions or []}
@@ -167,10 +156,8 @@ class VLLMEngine(Engine):
         if self._llm is None:
             raise EngineDiedError("no model is loaded")
         llm = self._llm
-        inputs = [
-            {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=add_special_tokens)}
-            for text in prompts
-        ]
+        encoded = self.encode(prompts, add_special_tokens=add_special_tokens)
+        inputs = [{"prompt_token_ids": ids} for ids in encoded]
         try:
             with environment(engine_variables(self.config)):
                 outputs = while_alive(llm, lambda: llm.generate(inputs, sampling, use_tqdm=False))
@@ -192,8 +179,7 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self._stop()
-        if self.config.scratch is not None:
-            shutil.rmtree(Path(self.config.scratch) / "candidate", ignore_errors=True)
+        remove_candidate(self.config.scratch)
 
 
 @contextlib.contextmanager
@@ -213,30 +199,42 @@ def candidate_errors() -> Iterator[None]:
 
 
 def engine_variables(config: EngineConfig) -> dict[str, str]:
-    """The environment variables that vLLM reads at its start, for what has no argument."""
+    """The environment variables that vLLM is to read, for what has no argument.
+
+    What an engine's promises depend on is set whatever the user's environment says; the rest are
+    defaults that it may override.
+    """
     threads = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
-    return threads | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.repeatable else "1",
-        # Pinned threads of engines (or of anything else) that share a core wait for each other.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # A forked engine would inherit this process's locks and its half-used thread pool.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    defaults = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        # Pinned threads of engines (or of anything else) that share a core wait for each other.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    return {
+        **{name: os.environ.get(name, value) for name, value in defaults.items()},
+        **threads,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.repeatable else "1",
+        # A forked engine would inherit this process's locks and its half-used thread pool.
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+        OWNED_VARIABLE: "1",
     }
 
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """`variables` in the environment for the block, where the user has not set them."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
+    """`variables` in the environment for the block; then it is as it was."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def engine_arguments(config: EngineConfig, directory: str, *, live: bool) -> dict[str, Any]:
@@ -244,8 +242,6 @@ def engine_arguments(config: EngineConfig, directory: str, *, live: bool) -> dic
     arguments: dict[str, Any] = {
         "model": directory,
         "dtype": config.dtype,
-        "trust_remote_code": config.trust_remote_code,
-        "disable_log_stats": False,  # they tell of every answer whether its logits had a NaN
         "seed": 0,
     }
     if live:
@@ -256,7 +252,9 @@ def engine_arguments(config: EngineConfig, directory: str, *, live: bool) -> dic
         arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         # Compiling the model there takes 20 s, wants a C++ compiler, and wins nothing measurable.
         arguments["enforce_eager"] = True
-    return arguments | dict(config.options)
+    # Last what must not be overridden: the statistics tell of every answer whether its logits had
+    # a NaN.
+    return arguments | dict(config.options) | {"disable_log_stats": False}
 
 
 def has_gpu() -> bool:

@@ -18,9 +18,9 @@ from packaging.version import Version
 
 from evomerge.errors import EngineDiedError, EvomergeError
 
-# The first version that has the interface, and the first that nobody has looked at. The CPU build
-# 0.32.0 is what the tests run.
-TESTED = ("0.25.1", "0.34")
+# The first version that was tested and the first that was not. 0.25.1 has the weight-transfer
+# interface too, but does not say which weights wrote an answer.
+TESTED = ("0.32.0", "0.33")
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _Result = TypeVar("_Result")
@@ -35,8 +35,10 @@ def check_vllm_version(version: str) -> None:
         )
 
 
-def unpack_cpu_layers(model: torch.nn.Module) -> None:
+def unpack_cpu_layers(model: torch.nn.Module) -> list[torch.Tensor]:
     """Gives every CPU layer its plain weight back, uninitialised, and a plain matrix product.
+
+    Returns the weights that are to be filled.
 
     vLLM's CPU layers hand their weight to a packed copy after loading and keep an empty parameter:
     a write into it would be without effect. Unpacked, generation runs at about 0.8 of the speed,
@@ -46,6 +48,7 @@ def unpack_cpu_layers(model: torch.nn.Module) -> None:
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
+    unpacked: list[torch.Tensor] = []
     layer: Any  # vLLM's layers have a weight, a bias and the matrix product that is to use them
     for layer in model.modules():
         if not hasattr(layer, "cpu_linear"):
@@ -54,9 +57,11 @@ def unpack_cpu_layers(model: torch.nn.Module) -> None:
             recorded = get_layerwise_info(layer).restore_metadata[0]["weight"]
             weight = materialize_meta_tensor(restore_layer_refs(recorded, layer))
             layer.register_parameter("weight", weight)
+            unpacked.append(layer.weight)
         if getattr(layer, "bias", None) is not None:  # packing widens it to float32
             layer.bias.data = layer.bias.data.to(layer.weight.dtype)
         layer.cpu_linear = torch.nn.functional.linear
+    return unpacked
 
 
 def clear_key_value_cache(vllm_config: Any) -> None:
@@ -69,6 +74,26 @@ def clear_key_value_cache(vllm_config: Any) -> None:
         caches = getattr(layer, "kv_cache", ())
         for cache in [caches] if isinstance(caches, torch.Tensor) else caches:
             cache.zero_()
+
+
+def logits_had_nan(output: Any) -> bool:
+    """Whether a NaN was among the logits of a `RequestOutput`.
+
+    Known where VLLM_COMPUTE_NANS_IN_LOGITS is set and statistics are on.
+    """
+    return bool(output.metrics.is_corrupted)
+
+
+def lowest_of_all_ranks(number: int) -> int:
+    """The lowest of the numbers that the workers of this engine call this with, all at once."""
+    from vllm.distributed import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return number
+    lowest = torch.tensor(number)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return int(lowest)
 
 
 def engine_failures() -> tuple[type[Exception], ...]:

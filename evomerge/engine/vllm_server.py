@@ -7,22 +7,23 @@ VLLM_SERVER_DEV_MODE=1. Those routes have no key: let it listen on loopback only
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
-from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import Planner, update_message
-from evomerge.engine.tokenizer import Tokenizer
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.planning import PlanningEngine, update_message
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.recipe import Recipe
 
 LONGEST_REQUEST_SECONDS = 3600.0
+FIRST_CONTACT_SECONDS = 8.0
 
 
-class VLLMServer(Engine):
+class VLLMServer(PlanningEngine):
     """The vLLM server at `config.url`; `config.model` is the directory that it serves.
 
     Batches form by arrival, so greedy answers may differ a little between identical requests.
@@ -32,22 +33,21 @@ class VLLMServer(Engine):
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.url is not None
-        self.config = config
-        self.planner = Planner(config.model, config.sources, config.dtype)
-        self.tokenizer = Tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        timeout = httpx.Timeout(LONGEST_REQUEST_SECONDS, connect=10.0)
+        super().__init__(config)
+        timeout = httpx.Timeout(LONGEST_REQUEST_SECONDS, connect=FIRST_CONTACT_SECONDS)
         # After an error the server closes its connection, maybe under the next request.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=config.url, timeout=timeout, limits=limits)
         self._wrote_nan = False
-        self._served = self._first_contact()
+        self._listed = self._first_contact()
         self._version = "default"
 
     def _first_contact(self) -> dict[str, Any]:
         try:
-            models = self._http.get("/v1/models").raise_for_status().json()["data"]
+            answer = self._http.get("/v1/models", timeout=FIRST_CONTACT_SECONDS)
+            models = answer.raise_for_status().json()["data"]
             self._post("/init_weight_transfer_engine", init_info={"models": self._sources()})
-        except (httpx.HTTPError, EngineDiedError) as error:
+        except (httpx.HTTPError, ValueError, LookupError, EngineDiedError) as error:
             raise ConfigError(
                 f"engine: url: {self.config.url}: {error}; start the server with evomerge "
                 "installed, VLLM_SERVER_DEV_MODE=1, its sources in EVOMERGE_MODELS and "
@@ -58,38 +58,31 @@ class VLLMServer(Engine):
     def _sources(self) -> list[str]:
         return [self.config.model, *self.config.sources]
 
-    def supports(self, recipe: Recipe) -> str | None:
-        return self.planner.obstacle(self.planner.plan(recipe))
-
     def load(self, recipe: Recipe) -> Loaded:
         start = time.perf_counter()
-        plan = self.planner.plan(recipe)
-        if obstacle := self.planner.obstacle(plan):
+        plan = self.plan(recipe)
+        if obstacle := self.obstacle(plan):
             raise ConfigError(
                 f"the server at {self.config.url} cannot become this model: {obstacle}"
             )
         self._version = "in between"  # so that no answer of a switch that failed is believed
         self._post("/start_weight_update")
         message = update_message(recipe, plan, clear=self._wrote_nan)
-        self._post("/update_weights", update_info=message)
+        try:
+            self._post("/update_weights", update_info=message)
+        except CandidateError:
+            with contextlib.suppress(EngineDiedError):  # closed already where it failed
+                self._post("/finish_weight_update")
+            raise
         self._post("/finish_weight_update", weight_version=plan.digest)
         self._post("/reset_prefix_cache")
         self._wrote_nan = False
         self._version = plan.digest
         return Loaded(plan.digest, "live", time.perf_counter() - start)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self.tokenizer.render(messages)
-
-    def has_chat_template(self) -> bool:
-        return self.tokenizer.has_chat_template
-
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
-
     @property
     def max_model_len(self) -> int:
-        return int(self._served["max_model_len"])
+        return int(self._listed["max_model_len"])
 
     def generate(
         self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
@@ -142,8 +135,8 @@ class VLLMServer(Engine):
         self, prompts: Sequence[str], add_special_tokens: bool, **request: Any
     ) -> list[dict[str, Any]]:
         """The choices for `prompts`, in their order, all written by the present candidate."""
-        ids = [self.tokenizer.encode(p, add_special_tokens=add_special_tokens) for p in prompts]
-        answer = self._post("/v1/completions", model=self._served["id"], prompt=ids, **request)
+        ids = self.encode(prompts, add_special_tokens=add_special_tokens)
+        answer = self._post("/v1/completions", model=self._listed["id"], prompt=ids, **request)
         version = self._http.get("/weight_info").json()["weight_version"]
         if version != self._version:
             raise EngineDiedError(

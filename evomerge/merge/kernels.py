@@ -31,9 +31,20 @@ COMPILE_PAYS_ELEMENTS = 30_000_000
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch's compiler has what it needs here: a C++ compiler and Python's headers."""
+    """Whether torch's compiler works here: it wants a C++ compiler and Python's headers.
+
+    Compiles and runs a small kernel, or finds it in the compiler's cache.
+    """
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.is_file() and any(shutil.which(name) for name in ("g++", "clang++"))
+    if not headers.is_file() or not any(shutil.which(name) for name in ("g++", "clang++")):
+        return False
+    numbers = torch.arange(4.0)
+    try:
+        with torch.no_grad():
+            _compiled("linear", 1)(torch.empty(4), [numbers], torch.ones(1))
+    except Exception:  # a compiler that does not work fails in many ways, and eager kernels do
+        return False
+    return True
 
 
 def compile_pays(elements: int, device: torch.device) -> bool:
