@@ -27,7 +27,30 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
 MARKER_FILE = ".evomerge-partial"
+
+# Any one of them is enough to make a tokenizer from.
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+# All that a tokenizer may consist of; TEMPLATE_FOLDER may hold more of its chat templates.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -119,14 +142,30 @@ class Checkpoint:
         return tuple(sorted({header.file for header in self.tensors.values()}))
 
     def fingerprint(self) -> str:
-        """A hash of config, headers, sizes and modification times: other weights, other hash."""
+        """A hash of all that decides the model's answers: another model, another hash.
+
+        Of tensors it takes headers, sizes and modification times, of the small files the content:
+        config, tokenizer, chat templates, generation config.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, header in sorted(self.tensors.items()):
             digest.update(f"{name} {header.dtype} {header.shape} {header.file.name}\n".encode())
         for file in self.files:
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for file in _small_files(self.directory):
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest.update(f"{file.relative_to(self.directory)} {content}\n".encode())
         return digest.hexdigest()
+
+
+def require_tokenizer(directory: Path) -> None:
+    """Raises ConfigError where `directory` has nothing to make a tokenizer from."""
+    if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+        raise ConfigError(
+            f"{directory}: this model has no tokenizer (one of {', '.join(VOCABULARY_FILES)}); "
+            "copy the one that it was trained with into it"
+        )
 
 
 def read_tensor_file(file: Path) -> dict[str, Tensor]:
@@ -223,6 +262,13 @@ def _refuse_taken(directory: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(
             f"{directory}: exists and is not empty; choose another name or say --overwrite"
         )
+
+
+def _small_files(directory: Path) -> list[Path]:
+    """What beside config and tensors decides a model's answers."""
+    named = [directory / name for name in (*TOKENIZER_FILES, GENERATION_FILE)]
+    templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [file for file in (*named, *templates) if file.is_file()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from evomerge.errors import ConfigError
-from evomerge.merge.checkpoint import Checkpoint, disk_failure, published
+from evomerge.merge.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    disk_failure,
+    published,
+    require_tokenizer,
+)
 from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
@@ -27,10 +33,10 @@ Result = TypeVar("Result")
 HUB_SECONDS = 8.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-
 # What a model needs of a hub repository's top folder: no pickles, no code.
-HUB_FILE = re.compile(r"[^/]+\.(safetensors|json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+HUB_FILE = re.compile(
+    "|".join([r"[^/]+\.(safetensors|json|jinja)", *map(re.escape, TOKENIZER_FILES)])
+)
 
 _ORIGIN = "evomerge_origin.json"
 
@@ -68,7 +74,7 @@ class InputModels:
             base, adapter = _split(reference)
             return self._with_adapter(self.resolve(base), self._adapter(adapter))
         model = self._plain(reference)
-        _check_has_tokenizer(model)
+        require_tokenizer(model)
         return model
 
     def hub_ids(self, reference: str) -> tuple[str, ...]:
@@ -173,13 +179,6 @@ def _split(reference: str) -> tuple[str, str]:
     if not model or not adapter or "+" in adapter:
         raise ConfigError(f"{reference}: expected MODEL+ADAPTER, with one + and a name either side")
     return model, adapter
-
-
-def _check_has_tokenizer(model: Path) -> None:
-    if not any((model / name).exists() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"{model}: this model has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}"
-        )
 
 
 def _dequantise(path: Path, out: Path, dtype: str) -> None:

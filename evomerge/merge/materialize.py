@@ -13,10 +13,14 @@ from torch import Tensor
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import (
+    GENERATION_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
     Checkpoint,
     disk_failure,
     published,
     refuse_existing,
+    require_tokenizer,
     total_bytes,
     write_sharded,
 )
@@ -26,32 +30,6 @@ from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
 from evomerge.recipe import Recipe
 
 RECIPE_FILE = "mergekit_config.yml"
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# Any one of them is enough to make a tokenizer from.
-_VOCABULARY_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -77,7 +55,7 @@ def materialize(
     plan = make_plan(recipe, checkpoints)
     donor = checkpoints[plan.donor].directory
     _refuse_inputs_as_output(directory, checkpoints)
-    _require_tokenizer(donor)
+    require_tokenizer(donor)
     _require_space(directory, plan)
     with published(directory, overwrite=overwrite) as partial:
         write_sharded(
@@ -117,14 +95,6 @@ def _refuse_inputs_as_output(directory: Path, checkpoints: Mapping[str, Checkpoi
             )
 
 
-def _require_tokenizer(donor: Path) -> None:
-    if not any((donor / name).is_file() for name in _VOCABULARY_FILES):
-        raise ConfigError(
-            f"{donor}: has no tokenizer ({', '.join(_VOCABULARY_FILES[:3])} …); copy the one that "
-            "the model was trained with into it"
-        )
-
-
 def _require_space(directory: Path, plan: MergePlan) -> None:
     parent = next(path for path in directory.parents if path.exists())
     needed, free = total_bytes(plan.entries), shutil.disk_usage(parent).free
@@ -141,10 +111,8 @@ def _copy_tokenizer_and_code(donor: Path, directory: Path) -> None:
             shutil.copyfile(donor / name, directory / name)
     for code in donor.glob("*.py"):  # of a model that brings its own (auto_map in its config)
         shutil.copyfile(code, directory / code.name)
-    if (donor / "additional_chat_templates").is_dir():
-        shutil.copytree(
-            donor / "additional_chat_templates", directory / "additional_chat_templates"
-        )
+    if (donor / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(donor / TEMPLATE_FOLDER, directory / TEMPLATE_FOLDER)
 
 
 def _write_texts(

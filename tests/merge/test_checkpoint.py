@@ -122,6 +122,29 @@ def test_the_fingerprint_changes_with_config_weights_and_time(llama: Path, tmp_p
     assert Checkpoint.open(copied).fingerprint() != first
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
+        *("generation_config.json", "additional_chat_templates/tools.jinja"),
+    ],
+)
+def test_the_fingerprint_changes_with_the_tokenizer_and_its_templates(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    copied = copy_of(llama, tmp_path)
+    file = copied / name
+    file.parent.mkdir(exist_ok=True)
+    digests = [Checkpoint.open(copied).fingerprint()]
+    for content in ("{}", "[]", "{}"):
+        file.write_text(content)
+        digests.append(Checkpoint.open(copied).fingerprint())
+    assert digests[1] == digests[3]
+    assert len(set(digests)) == 3
+    (copied / "README.md").write_text("no part of the model")
+    assert Checkpoint.open(copied).fingerprint() == digests[3]
+
+
 def test_what_is_missing_is_named(llama: Path, sharded: Path, tmp_path: Path) -> None:
     assert "there is no such model directory" in opening(tmp_path / "absent")
     copied = copy_of(llama, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -67,8 +68,24 @@ def test_a_model_without_tokenizer_is_refused(model: Path, tmp_path: Path) -> No
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).symlink_to(model / name)
-    with pytest.raises(ConfigError, match=r"bare: this model has no tokenizer; expected one of"):
+    with pytest.raises(ConfigError, match=r"bare: this model has no tokenizer \(one of token"):
         InputModels(tmp_path).resolve(str(bare))
+    (bare / "spiece.model").write_bytes(b"sentencepiece's older name of its vocabulary")
+    assert InputModels(tmp_path).resolve(str(bare)) == bare
+
+
+def test_an_adapted_model_is_made_again_when_the_chat_template_changes(
+    model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    lora = write_adapter(tmp_path / "lora", seed=1)
+    inputs = InputModels(tmp_path / "storage")
+    first = inputs.resolve(f"{base}+{lora}")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    second = inputs.resolve(f"{base}+{lora}")
+    assert second != first
+    assert (second / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_a_model_without_tokenizer_is_refused(llama: Path, tmp_path: Path) -> No
     base = tiny.variant(llama, tmp_path / "base", seed=0, scale=0.0)
     tiny.variant(llama, tmp_path / "expert", seed=1)
     (base / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=rf"{base}: has no tokenizer"):
+    with pytest.raises(ConfigError, match=rf"{base}: this model has no tokenizer"):
         materialize(task_arithmetic(base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -247,7 +247,7 @@ def test_a_model_that_the_disk_cannot_hold_is_refused_before_the_work(
     huge = tiny.variant(llama, tmp_path / "huge", seed=0, scale=0.0)
     shape = [2**36, 64]  # 8.8 TB in a file without blocks
     header = {
-        name: {"dtype": "BF16", "shape": [], "data_offsets": [0, 0]}
+        name: {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
         for name in tiny.read_tensors(llama)
     }
     header["model.embed_tokens.weight"] |= {"shape": shape, "data_offsets": [0, 2**43]}
