@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.errors import ConfigError, EvomergeError, OutputExistsError
+from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError
 from evomerge.resources import PresetKind, data_root, preset_names
 
 if TYPE_CHECKING:
@@ -184,11 +184,16 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a study's best recipe, or its model; the recipe to stdout where neither is named."""
+    from evomerge.merge.checkpoint import refuse_existing
     from evomerge.report.results import export_model
     from evomerge.search.status import trial_recipe
 
     directory = storage_directory(storage)
     recipe = trial_recipe(directory, name, trial)
+    if yaml is not None:  # both places before either is written to
+        _refuse_existing_file(yaml, overwrite=overwrite)
+    if model is not None:
+        refuse_existing(model.absolute(), overwrite=overwrite)
     if yaml is not None:
         _write_new(yaml, recipe.to_yaml(), overwrite=overwrite)
         print(yaml)
@@ -223,14 +228,15 @@ def merge(
     wanted = read_recipe(recipe)
     refuse_existing(out.absolute(), overwrite=overwrite)
     inputs = InputModels(storage_directory(storage), say=_say)
-    merge_recipe(
-        wanted,
-        out,
-        inputs,
-        verbatim=recipe.read_text(encoding="utf-8"),
-        max_shard_size=shard_bytes,
-        overwrite=overwrite,
-    )
+    with _mistakes_of(recipe):
+        merge_recipe(
+            wanted,
+            out,
+            inputs,
+            verbatim=recipe.read_text(encoding="utf-8"),
+            max_shard_size=shard_bytes,
+            overwrite=overwrite,
+        )
     print(out)
 
 
@@ -302,9 +308,24 @@ def _first_comment(path: Path) -> str:
     return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
-def _write_new(path: Path, text: str, *, overwrite: bool) -> None:
+@contextlib.contextmanager
+def _mistakes_of(recipe: Path) -> Iterator[None]:
+    """Names the recipe's file in what is wrong with it; weights that give no model are wrong."""
+    try:
+        yield
+    except OutputExistsError:
+        raise
+    except (ConfigError, CandidateError) as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _refuse_existing_file(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
+
+
+def _write_new(path: Path, text: str, *, overwrite: bool) -> None:
+    _refuse_existing_file(path, overwrite=overwrite)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

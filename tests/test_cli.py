@@ -177,6 +177,23 @@ def test_an_exported_trial_has_its_own_weights(finished: Finished, tmp_path: Pat
     assert [part.sources[0].parameters["weight"] for part in slices] == genome
 
 
+@pytest.mark.parametrize("taken", ["trial.yaml", "model"])
+def test_an_export_writes_both_or_nothing(finished: Finished, tmp_path: Path, taken: str) -> None:
+    if taken == "model":
+        shutil.copytree(finished.study / "model", tmp_path / "model")
+    else:
+        (tmp_path / "trial.yaml").write_text("mine")
+    before = tree(tmp_path)
+    places = ("--yaml", tmp_path / "trial.yaml", "--model", tmp_path / "model")
+    ran = run("export", "tiny", "--storage", finished.storage, *places)
+    assert (ran.status, ran.out) == (2, "")
+    assert f"{tmp_path / taken}: exists" in ran.err
+    assert tree(tmp_path) == before
+    ran = run("export", "tiny", "--storage", finished.storage, *places, "--overwrite")
+    assert ran == Ran(0, f"{tmp_path / 'trial.yaml'}\n{tmp_path / 'model'}\n", "")
+    assert read_recipe(tmp_path / "trial.yaml") == read_recipe(finished.study / "best_config.yaml")
+
+
 def test_a_finished_study_is_not_run_again(finished: Finished) -> None:
     recipe = (finished.study / "best_config.yaml").read_bytes()
     again = run("search", finished.folder / "study.yaml", "--storage", finished.storage)
@@ -305,10 +322,13 @@ BAD_STUDIES: dict[str, tuple[Break, list[str]]] = {
     "study name with a slash": (study(study="a/b"), ["study.yaml: study", "'a/b'"]),
     "another architecture": (
         study(models=["other_architecture"]),
-        ["other_architecture", "base"],
+        ["study.yaml: ", "other_architecture", "base"],
     ),
-    "another shape": (study(models=["other_shape"]), ["other_shape", "base"]),
-    "another vocabulary": (study(models=["other_vocabulary"]), ["other_vocabulary", "300", "261"]),
+    "another shape": (study(models=["other_shape"]), ["study.yaml: ", "other_shape", "base"]),
+    "another vocabulary": (
+        study(models=["other_vocabulary"]),
+        ["study.yaml: ", "other_vocabulary", "300", "261"],
+    ),
     "another number of layers": (
         study(models=["more_layers"]),
         ["study.yaml: models.0: more_layers has 3 layers, base has 2"],
@@ -383,10 +403,22 @@ BAD_RECIPES: dict[str, tuple[Break, list[str]]] = {
         recipe(slices=slices(([0, 2], [0, 1]))),
         ["recipe.yaml: slices.0", "expert [0, 2]", "base [0, 1]"],
     ),
-    "slices beyond the model": (recipe(slices=slices(([1, 3], [1, 3]))), ["[1, 3]", "2 layers"]),
+    "slices beyond the model": (
+        recipe(slices=slices(([1, 3], [1, 3]))),
+        ["recipe.yaml: slices.0: layer_range [1, 3]", "2 layers"],
+    ),
+    "a weight that is no number": (
+        recipe(
+            merge_method="linear",
+            slices=None,
+            models=[{"model": "expert", "parameters": {"weight": float("nan")}}],
+            parameters={"normalize": False, "weight": 1.0},
+        ),
+        ["recipe.yaml: model.embed_tokens.weight: weight nan is not a finite float32 number"],
+    ),
     "a model that is nowhere": (
         recipe(base_model="none", slices=None, models=[{"model": "base"}]),
-        ["none", "neither a folder", "owner/name"],
+        ["recipe.yaml: none", "neither a folder", "owner/name"],
     ),
     "output folder taken": (
         lambda folder: shutil.copytree(folder / "base", folder / "out"),

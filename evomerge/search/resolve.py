@@ -83,7 +83,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     )
     _check_layer_counts(config, [checkpoints[str(folder)] for folder in (base, *models)])
     # Plans the merge once: models that do not fit together are found before an engine starts.
-    make_plan(uniform_recipe(space), checkpoints)
+    _in_file(config, lambda: make_plan(uniform_recipe(space), checkpoints))
     return ResolvedStudy(
         config=config,
         storage=storage,
