@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigError
+from evomerge.strict_yaml import load_yaml
 
 # A number or flag, a gradient (list of them), or a list of {filter, value} conditions.
 Setting: TypeAlias = object
@@ -274,7 +275,7 @@ def read_recipe(path: Path) -> Recipe:
 def parse_recipe(text: str, where: str) -> Recipe:
     """The recipe in YAML `text`; `where` names it in messages."""
     try:
-        mapping = yaml.safe_load(text)
+        mapping = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
     return recipe_from_mapping(mapping, where)
@@ -439,7 +440,19 @@ def _with_flow_ranges(node: object) -> object:
 def _describe_mistakes(error: ValidationError, where: str) -> str:
     """All mistakes that pydantic found in `where`, one line each, with the nearest known key."""
     mistakes = error.errors(include_url=False, include_context=False)
-    return "\n".join(f"{where}: {_describe(mistake)}" for mistake in mistakes)
+    return "\n".join(
+        f"{where}: {_describe(mistake)}"
+        for mistake in mistakes
+        if not _only_follows(mistake, mistakes)
+    )
+
+
+def _only_follows(mistake: ErrorDetails, mistakes: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short because a wrong item of it was not counted."""
+    place = mistake["loc"]
+    return mistake["type"] == "too_short" and any(
+        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in mistakes
+    )
 
 
 def _describe(mistake: ErrorDetails) -> str:

@@ -15,15 +15,16 @@ PACKAGE = ROOT / "evomerge"
 # The house of the design: each room, and the rooms that it may import (itself, always).
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "strict_yaml": set(),
     "resources": {"errors"},
     "database": {"errors"},
-    "recipe": {"errors"},
+    "recipe": {"errors", "strict_yaml"},
     "space": {"errors", "recipe"},
     "merge": {"errors", "recipe"},
     "engine": {"errors", "recipe", "merge"},
-    "evaluate": {"errors", "resources", "database", "engine.base"},
+    "evaluate": {"errors", "strict_yaml", "resources", "database", "engine.base"},
     "search": {
-        *("errors", "resources", "database", "recipe", "space"),
+        *("errors", "strict_yaml", "resources", "database", "recipe", "space"),
         *("merge", "engine", "evaluate"),
     },
     "report": {"errors", "recipe", "space", "merge", "evaluate", "search"},

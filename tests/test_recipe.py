@@ -242,6 +242,21 @@ def test_a_mistake_in_a_source_is_named_by_its_place(source: dict[str, object], 
     assert said in message(one_slice(slices=[{"sources": [source, base]}]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slices": None, "models": [{"modle": "e"}]}, ["models.0.model", "models.0.modle"]),
+        ({"slices": [{"sources": [{"model": "e"}]}]}, ["slices.0.sources.0.layer_range"]),
+        ({"slices": [{"sources": []}]}, ["slices.0.sources"]),
+    ],
+)
+def test_a_list_with_a_wrong_item_is_not_called_too_short(
+    changes: dict[str, object], said: list[str]
+) -> None:
+    lines = message(one_slice(**changes)).splitlines()
+    assert [line.split(": ")[1] for line in lines] == said
+
+
 def test_all_mistakes_of_a_file_are_told_at_once() -> None:
     lines = message(one_slice(dtype="int8", tokenizer_source="x", frobnicate=1)).splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [

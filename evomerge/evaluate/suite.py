@@ -18,6 +18,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.prompts import messages, render_template, uses_chat
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.resources import is_bare_name, locate
+from evomerge.strict_yaml import load_yaml
 
 _NAMED_AT_MOST = 5
 
@@ -140,7 +141,7 @@ def load_suite(suite: SuiteConfig | str, folder: Path) -> Suite:
 def read_suite_config(path: Path) -> SuiteConfig:
     """The configuration in the YAML file `path`; ConfigError names every wrong key at once."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):

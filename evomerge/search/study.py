@@ -29,6 +29,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.resources import locate
 from evomerge.space import SpaceConfig
+from evomerge.strict_yaml import load_yaml
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -229,7 +230,7 @@ def read_study(reference: str, *, trust_code: bool = False) -> StudyConfig:
     """
     path = locate(reference, "search_spaces")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     return study_from_mapping(
