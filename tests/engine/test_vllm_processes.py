@@ -57,6 +57,39 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
         assert (fresh.parameter_checksums(), answers_one_by_one(fresh)) == states[0]
 
 
+OWNER = """
+import sys, time
+from pathlib import Path
+from tests.engine.conftest import start
+
+if __name__ == "__main__":
+    engine = start("vllm", Path(sys.argv[1]), [], repeatable=False)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_engine_ends_with_the_search_that_was_killed(family: Family, tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    root = Path(__file__).resolve().parents[2]
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(family.base)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert owner.stdout is not None
+    assert any(line == "ready\n" for line in owner.stdout)
+    engine = psutil.Process(owner.pid).children(recursive=True)
+    assert engine
+    owner.kill()
+    owner.wait(30)
+    owner.stdout.close()
+    _, alive = psutil.wait_procs(engine, timeout=30)
+    assert alive == []
+
+
 def _kill_children() -> None:
     """SIGKILL for every process that this one started and that still runs."""
     children = psutil.Process().children(recursive=True)
