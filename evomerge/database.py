@@ -7,16 +7,25 @@ refuses what a newer evomerge wrote.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import sqlalchemy as sql
-from sqlalchemy.exc import DatabaseError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import (
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+)
 
 from evomerge.errors import ConfigError, RunError
 
@@ -151,10 +160,62 @@ def check_writable(directory: Path) -> None:
 
 
 @contextmanager
-def stops_the_run(where: str) -> Iterator[None]:
-    """Turns a storage that fails in the middle of a run (full, gone) into a RunError saying so."""
+def locked(database: Database, name: str) -> Iterator[bool]:
+    """Whether this process alone holds the lock `name` of a PostgreSQL database in the block.
+
+    True without asking for other databases, which one machine's files lock. The lock is held by a
+    connection of its own and ends with this process, however that ends.
+    """
+    if database.dialect.name != "postgresql":
+        yield True
+        return
+    own = sql.create_engine(database.url, poolclass=sql.NullPool, isolation_level="AUTOCOMMIT")
+    digest = hashlib.sha256(f"evomerge study {name}".encode()).digest()
+    key = int.from_bytes(digest[:8], "big", signed=True)
+    with own.connect() as connection, _kept_from_children(connection):
+        yield _takes_lock(connection, key)
+
+
+def _takes_lock(connection: sql.Connection, key: int) -> bool:
+    # More than one attempt: a server may take a moment to see that a killed process is gone.
+    for wait in (0.1, 0.3, 0.6, 0.0):
+        if connection.scalar(sql.select(sql.func.pg_try_advisory_lock(key))):
+            return True
+        time.sleep(wait)
+    return False
+
+
+@contextmanager
+def _kept_from_children(connection: sql.Connection) -> Iterator[None]:
+    """Forked children have no hand on the connection: one that outlives us would keep it open."""
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    sockets = [driver.fileno()]
+
+    def let_go() -> None:
+        for number in sockets:
+            # Not closed: the number would be given to another file, and libpq might write to it.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number, inheritable=False)
+            os.close(nothing)
+
+    os.register_at_fork(after_in_child=let_go)
     try:
         yield
+    finally:
+        sockets.clear()
+
+
+@contextmanager
+def stops_the_run(where: str) -> Iterator[None]:
+    """Turns a storage that fails in the middle of a run (full, gone) into a RunError saying so.
+
+    A statement that the database refuses for what it says is a bug, and stays what it is.
+    """
+    try:
+        yield
+    except (IntegrityError, ProgrammingError, DataError):
+        raise
     except (DBAPIError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             raise  # somebody stopped reading our output: no matter of the storage

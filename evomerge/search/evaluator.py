@@ -13,6 +13,7 @@ from evomerge.engine.base import Engine, EngineConfig
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths, evaluate_tasks
 from evomerge.recipe import Recipe
 from evomerge.search.resolve import ResolvedStudy, engine_name
+from evomerge.search.storage import SCRATCH
 
 NO_VLLM = "vLLM is not installed here: the transformers engine serves instead"
 
@@ -78,6 +79,6 @@ def engine_config(study: ResolvedStudy) -> EngineConfig:
         load=settings.load,
         threads=settings.threads,
         url=settings.url,
-        scratch=str(study.directory / "scratch"),
+        scratch=str(study.directory / SCRATCH),
         options=settings.options,
     )

@@ -53,6 +53,7 @@ from evomerge.search.storage import (
     database_env_of,
     database_url,
     held,
+    held_in_database,
     study_file_text,
     write_whole,
 )
@@ -111,7 +112,11 @@ def run_search(
     is done where the study cannot be run as asked, or is not the one that began under its name;
     RunError where it stops for a reason not a candidate's own: then it can be resumed.
     """
-    with held(study_directory(storage, config.study)), ExitStack() as stack:
+    directory = study_directory(storage, config.study)
+    with held(directory), ExitStack() as stack:
+        _refuse_another_database(config, directory)
+        database_env = config.storage.database_env
+        stack.enter_context(held_in_database(storage, config.study, database_env))
         log = _log_if_any(config, storage)
         if log is not None:
             stack.callback(log.close)
@@ -544,12 +549,8 @@ def _total(config: StudyConfig, history: History, trials: int | None) -> int:
     return config.budget.trials
 
 
-def _log_if_any(config: StudyConfig, storage: Path) -> EventLog | None:
-    """The log, unless there is no database yet that the study could be in.
-
-    Raises ConfigError where the study began in another database than the one it names now.
-    """
-    directory = study_directory(storage, config.study)
+def _refuse_another_database(config: StudyConfig, directory: Path) -> None:
+    """Raises ConfigError where the study began in another database than the one it names now."""
     if (directory / STUDY_FILE).exists():
         before, now = database_env_of(directory), config.storage.database_env
         if before != now:
@@ -558,6 +559,10 @@ def _log_if_any(config: StudyConfig, storage: Path) -> EventLog | None:
                 f"database of {before or 'its storage directory'}, not of "
                 f"{now or 'the storage directory'}; put it back, or give this study another name"
             )
+
+
+def _log_if_any(config: StudyConfig, storage: Path) -> EventLog | None:
+    """The log, unless there is no database yet that the study could be in."""
     if config.storage.database_env is None and not has_database(storage):
         return None
     return EventLog(_open_database(config, storage), config.study)

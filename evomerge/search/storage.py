@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -15,13 +16,16 @@ from typing import Any
 
 import yaml
 
-from evomerge.database import check_writable, has_database, open_database, stops_the_run
+from evomerge.database import check_writable, has_database, locked, open_database, stops_the_run
 from evomerge.errors import ConfigError
 from evomerge.search.log import EventLog, study_names
 from evomerge.search.study import study_directory
 
 _LOCK = "lock"
 _OWNER = "owner"
+_PARTIAL = ".partial"
+# What engines write their candidates to, where these cannot be loaded live.
+SCRATCH = "scratch"
 STUDY_FILE = "study.yaml"
 
 
@@ -59,10 +63,36 @@ def stored_names(storage: Path) -> list[str]:
 
 
 @contextmanager
+def held_in_database(storage: Path, name: str, database_env: str | None) -> Iterator[None]:
+    """No other machine works on study `name` in the block, where a database server has it.
+
+    Raises ConfigError naming the process that does.
+    """
+    url = database_url(database_env, os.environ)
+    if url is None:
+        yield
+        return
+    database = open_database(storage, url)
+    try:
+        with locked(database, name) as alone:
+            if not alone:
+                opened = EventLog(database, name).history.opened or {}
+                who = f"process {opened['process']}" if "process" in opened else "another process"
+                raise ConfigError(
+                    f"study {name}: {who} is at work on it (it holds its lock in the database of "
+                    f"{database_env}); wait for it or end it, then start again"
+                )
+            yield
+    finally:
+        database.dispose()
+
+
+@contextmanager
 def held(directory: Path) -> Iterator[None]:
     """The study in `directory` (STORAGE/studies/NAME) is this process's; a second one is refused.
 
-    A study that did not begin by the end of the block leaves no folder behind. The lock is the
+    A study that did not begin by the end of the block leaves no folder behind; what a killed
+    process left half-made is removed. The lock is the
     process's own: engine processes that it starts do not inherit it, and it is gone with the
     process, however that ends.
     """
@@ -74,13 +104,16 @@ def held(directory: Path) -> Iterator[None]:
     handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _lock(handle, directory)
+        _sweep(directory)
         write_whole(directory / _OWNER, json.dumps(_this_process()))
         try:
             yield
         except BaseException:
+            _sweep(directory)
             _leave_nothing(directory, made)
             raise
         finally:
+            _sweep(directory)
             (directory / _OWNER).unlink(missing_ok=True)
     finally:
         os.close(handle)
@@ -109,7 +142,7 @@ def write_whole(path: Path, text: str) -> None:
     with stops_the_run(str(path)):
         if path.is_file() and path.read_bytes() == text.encode():
             return
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, partial = tempfile.mkstemp(_PARTIAL, f".{path.name}.", path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -140,6 +173,14 @@ def database_env_of(directory: Path) -> str | None:
     except (KeyError, TypeError):
         return None
     return str(name)
+
+
+def _sweep(directory: Path) -> None:
+    """Removes what only a run at work needs, of the study that this process holds."""
+    shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+    for partial in directory.glob(f".*{_PARTIAL}"):
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _lock(handle: int, directory: Path) -> None:
