@@ -37,9 +37,11 @@ def model_card(
 
     `models` says how a reader knows the recipe's models; those it lacks are called as in the
     recipe. `origin` is a sentence on how the recipe was found. The front matter lists hub
-    repositories only, without revisions.
+    repositories only, without revisions. The recipe is shown with the names that a reader knows,
+    not with the folders that they are on this machine.
     """
     known = {name: models.get(name, CardModel(name)) for name in recipe.model_names()}
+    readable = recipe.with_models({name: model.written for name, model in known.items()})
     parts = [
         _front_matter(known.values()),
         f"# {title}\n",
@@ -49,7 +51,7 @@ def model_card(
         f"### Models Merged\n\n{_merged(recipe, known)}\n",
         "### Configuration\n",
         "The configuration, in mergekit's format:\n",
-        f"```yaml\n{recipe.to_yaml()}```\n",
+        f"```yaml\n{readable.to_yaml()}```\n",
     ]
     return "\n".join(parts)
 

@@ -61,8 +61,15 @@ def test_merged_models_are_listed_as_written_without_the_base() -> None:
     ]
 
 
-def test_the_card_holds_the_recipe() -> None:
+def test_the_card_tells_no_folder_of_a_model_that_has_a_name() -> None:
+    assert "/models/" not in model_card("merged", recipe(), MODELS)
+    unnamed = model_card("merged", recipe(), {"/models/mine": MODELS["/models/mine"]})
+    assert "* /models/expert_2\n* ./mine\n" in unnamed
+
+
+def test_the_card_holds_the_recipe_as_a_reader_knows_it() -> None:
     card = model_card("merged", recipe(), MODELS, origin="It is trial 3.")
     block = card.split("```yaml\n")[1].split("```")[0]
-    assert parse_recipe(block, "card") == recipe()
+    names = {folder: model.written for folder, model in MODELS.items()}
+    assert parse_recipe(block, "card") == recipe().with_models(names)
     assert "made with evomerge. It is trial 3.\n" in card
