@@ -93,7 +93,7 @@ def search(
     if name is not None:
         check_study_name(name)
         config = config.model_copy(update={"study": name})
-    _run(config, storage_directory(storage, config.storage.directory), trials, seed)
+    _run(config, storage_directory(storage, config), trials, seed, trust_code=trust_code)
 
 
 @app.command()
@@ -109,10 +109,17 @@ def resume(
 
     directory = storage_directory(storage)
     config = stored_study(directory, name, trust_code=trust_code)
-    _run(config, directory, trials, seed=None)
+    _run(config, directory, trials, seed=None, trust_code=trust_code)
 
 
-def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | None) -> None:
+def _run(
+    config: StudyConfig,
+    storage: Path,
+    trials: int | None,
+    seed: int | None,
+    *,
+    trust_code: bool,
+) -> None:
     """The search with its display; at the end its model, its report and the table."""
     from rich.console import Console
 
@@ -142,7 +149,8 @@ def _run(config: StudyConfig, storage: Path, trials: int | None, seed: int | Non
             results = write_results(storage, config.study, _say)
     except KeyboardInterrupt:
         begun = (study_directory(storage, config.study) / STUDY_FILE).exists()
-        going_on = f"go on with: {_resume_command(config.study, storage)}"
+        command = _resume_command(config.study, storage, trust_code=trust_code)
+        going_on = f"go on with: {command}"
         _say(f"interrupted; {going_on if begun else 'nothing had begun yet'}")
         raise typer.Exit(INTERRUPTED) from None
     _print_results(results)
@@ -284,9 +292,14 @@ def parse_size(text: str) -> int:
     return size
 
 
-def storage_directory(option: Path | None, in_study: str | None = None) -> Path:
-    """Where studies are kept: the option, else the study's own key, else the environment's."""
-    named = option or in_study or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+def storage_directory(option: Path | None, study: StudyConfig | None = None) -> Path:
+    """Where studies are kept: the option, else the study's own key, else the environment's.
+
+    What a study's file says starts at the file's folder, as all its relative paths do.
+    """
+    if option is None and study is not None and study.storage.directory:
+        return study.folder / Path(study.storage.directory).expanduser()
+    named = option or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
     return Path(named).expanduser()
 
 
@@ -368,20 +381,24 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _resume_command(name: str, storage: Path) -> str:
+def _resume_command(name: str, storage: Path, *, trust_code: bool) -> str:
     command = ["evomerge", "resume", name]
     if storage != storage_directory(None):
         command += ["--storage", str(storage)]
+    if trust_code:
+        command.append("--trust-code")
     return shlex.join(command)
 
 
 def _studies_text(studies: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        f"{study['study']:<32} {study['state']:<12} {study['trials']:>5} trials  "
-        f"best {_number(study['best'])}"
-        for study in studies
-    ]
-    return "\n".join(lines) or "no studies yet"
+    return "\n".join(map(_study_line, studies)) or "no studies yet"
+
+
+def _study_line(study: Mapping[str, Any]) -> str:
+    name_and_state = f"{study['study']:<32} {study['state']:<12}"
+    if study["state"] == "unreadable":
+        return f"{name_and_state} {study['reason'].splitlines()[0]}"
+    return f"{name_and_state} {study['trials']:>5} trials  best {_number(study['best'])}"
 
 
 def _status_text(found: Mapping[str, Any]) -> str:
@@ -391,6 +408,8 @@ def _status_text(found: Mapping[str, Any]) -> str:
         f"trials  {len(found['trials'])} of {found['budget']['trials']}",
         f"best    {_number(best and best['score'])}",
     ]
+    if found["stopped"]:
+        lines.insert(1, f"stopped {found['stopped']}")
     if best:
         where = "" if best["number"] is None else f" {best['number']}"
         lines[-1] += f" ({best['source']}{where})"

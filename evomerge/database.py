@@ -12,10 +12,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import quote
 
 import sqlalchemy as sql
 from sqlalchemy.exc import (
@@ -24,6 +25,7 @@ from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
     NoSuchModuleError,
+    OperationalError,
     ProgrammingError,
 )
 
@@ -121,14 +123,34 @@ def open_database(directory: Path, url: str | None = None) -> Database:
     if url is None:
         check_writable(directory)
         directory.mkdir(parents=True, exist_ok=True)
-    where = str(directory / FILE_NAME) if url is None else _without_password(url)
-    try:
+    where = _place(directory, url)
+    with _cannot_be_opened(where):
         engine = _sqlite_engine(directory) if url is None else sql.create_engine(url)
         with engine.begin() as connection:
             _create_or_check(connection, where)
-    except (DatabaseError, NoSuchModuleError, ImportError, OSError) as error:
-        raise ConfigError(f"{where}: the database cannot be opened: {_cause(error)}") from error
     return engine
+
+
+def open_for_reading(directory: Path, url: str | None = None) -> Database:
+    """The database that is there, for queries alone: also where the disk is full or read-only.
+
+    Raises ConfigError as `open_database` does, and where it holds no tables of evomerge.
+    """
+    where = _place(directory, url)
+    with _cannot_be_opened(where):
+        engine = _sqlite_reader(directory) if url is None else sql.create_engine(url)
+        with engine.connect() as connection:
+            _check_version(connection, where)
+    return engine
+
+
+@contextmanager
+def can_be_read(where: str) -> Iterator[None]:
+    """Turns a database that fails while it is read (damaged, gone) into a ConfigError saying so."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise ConfigError(f"{where}: cannot be read: {_cause(error)}") from error
 
 
 def has_database(directory: Path) -> bool:
@@ -250,6 +272,29 @@ def _sqlite_engine(directory: Path) -> Database:
     return engine
 
 
+def _sqlite_reader(directory: Path) -> Database:
+    """An engine that makes no file; it sees what a process at work has committed."""
+    path = directory / FILE_NAME
+    engine = _existing_sqlite(path, {"mode": "rw"})
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM sqlite_schema")
+    except OperationalError:
+        engine.dispose()
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise
+        # There is no room for WAL's shared memory, nor need: nobody is at work on the file.
+        return _existing_sqlite(path, {"mode": "ro", "immutable": "1"})
+    return engine
+
+
+def _existing_sqlite(path: Path, options: Mapping[str, str]) -> Database:
+    url = sql.URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}")
+    url = url.update_query_dict({"uri": "true", **options})
+    return sql.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+
+
 def _on_network(directory: Path) -> bool:
     """Whether `directory` lies on a file system that other machines share (known on Linux only)."""
     try:
@@ -276,12 +321,30 @@ def _create_or_check(connection: sql.Connection, where: str) -> None:
         metadata.create_all(connection)
         connection.execute(sql.insert(schema_table).values(version=SCHEMA_VERSION))
         return
+    _check_version(connection, where)
+
+
+def _check_version(connection: sql.Connection, where: str) -> None:
+    if not sql.inspect(connection).has_table(schema_table.name):
+        raise ConfigError(f"{where}: holds no tables of evomerge")
     found = connection.execute(sql.select(schema_table.c.version)).scalar()
     if found != SCHEMA_VERSION:
         raise ConfigError(
             f"{where}: its schema has version {found}, this evomerge knows version "
             f"{SCHEMA_VERSION}; use the evomerge that wrote it, or another storage"
         )
+
+
+def _place(directory: Path, url: str | None) -> str:
+    return str(directory / FILE_NAME) if url is None else _without_password(url)
+
+
+@contextmanager
+def _cannot_be_opened(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (DatabaseError, NoSuchModuleError, ImportError, OSError) as error:
+        raise ConfigError(f"{where}: the database cannot be opened: {_cause(error)}") from error
 
 
 def _without_password(url: str) -> str:

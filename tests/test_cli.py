@@ -20,8 +20,10 @@ import torch
 import yaml
 
 from evomerge.cli import main, parse_size
+from evomerge.database import open_database
 from evomerge.errors import ConfigError
 from evomerge.recipe import read_recipe
+from evomerge.search.log import EventLog, opened, stopped
 from tests import tiny
 
 STUDY: dict[str, Any] = {
@@ -247,6 +249,64 @@ def test_studies_are_listed(finished: Finished, tmp_path: Path) -> None:
     listed = json.loads(run("status", "--storage", finished.storage, "--json").out)
     assert [(study["study"], study["trials"]) for study in listed["studies"]] == [("tiny", 4)]
     assert run("status", "--storage", tmp_path / "none").out == "no studies yet\n"
+
+
+def test_a_study_that_cannot_be_read_does_not_hide_the_others(
+    finished: Finished, tmp_path: Path
+) -> None:
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    (storage / "studies" / "gone").mkdir()
+    elsewhere = {"study": {"storage": {"database_env": "NO_SUCH_VARIABLE"}}}
+    (storage / "studies" / "gone" / "study.yaml").write_text(yaml.safe_dump(elsewhere))
+    ran = run("status", "--storage", storage)
+    assert (ran.status, ran.err) == (0, "")
+    first, second = ran.out.splitlines()
+    assert first.split()[:3] == ["tiny", "finished", "4"]
+    assert second.split()[:2] == ["gone", "unreadable"]
+    assert "the variable NO_SUCH_VARIABLE is not set" in second
+
+
+def test_a_study_is_read_on_a_read_only_disk(finished: Finished) -> None:
+    command = (
+        'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && '
+        f'{sys.executable} -m evomerge status --storage "$0"'
+    )
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*unshare, "true"], check=False).returncode
+    ):
+        pytest.skip("no user namespaces here")
+    ran = subprocess.run(
+        [*unshare, "sh", "-c", command, str(finished.storage)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stderr == ""
+    assert ran.stdout.split()[:3] == ["tiny", "finished", "4"]
+
+
+def test_the_status_says_why_a_study_stopped(finished: Finished, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    log = EventLog(open_database(storage), "tiny")
+    log.append(
+        opened(trials=8, asked_trials=4, process="1 on a", engine_start=0.0),
+        stopped("the engine did not start again", []),
+    )
+    log.close()
+    lines = run("status", "tiny", "--storage", storage).out.splitlines()
+    assert lines[:2] == ["study   tiny: interrupted", "stopped the engine did not start again"]
+
+
+def test_the_storage_of_a_study_file_starts_at_the_file(here: Path, models: Path) -> None:
+    folder = fill(here / "folder", models)
+    study(storage="kept")(folder)
+    assert run("search", "folder/study.yaml").status == 0
+    assert (folder / "kept" / "evomerge.db").exists()
+    assert not (here / "kept").exists()
 
 
 # Wrong input: exit status 2, one message, nothing left -----------------------------------------
@@ -530,7 +590,8 @@ def test_a_second_process_on_one_study_is_refused_by_name(finished: Finished) ->
 def test_an_interrupted_search_exits_130_and_says_how_to_go_on(here: Path) -> None:
     content = STUDY | {"study": "long", "budget": {"trials": 40000}}
     (here / "study.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "evomerge", "search", "study.yaml", "--storage", "kept"]
+    arguments = ["search", "study.yaml", "--storage", "kept", "--trust-code"]
+    command = [sys.executable, "-m", "evomerge", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -539,7 +600,9 @@ def test_an_interrupted_search_exits_130_and_says_how_to_go_on(here: Path) -> No
                 break
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert rest.splitlines()[-1] == "interrupted; go on with: evomerge resume long --storage kept"
+    assert rest.splitlines()[-1] == (
+        "interrupted; go on with: evomerge resume long --storage kept --trust-code"
+    )
     status = json.loads(run("status", "long", "--storage", "kept", "--json").out)
     assert status["state"] == "interrupted"
 

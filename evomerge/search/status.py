@@ -138,21 +138,28 @@ def status_of(history: History, storage: Path, name: str) -> dict[str, Any]:
 
 
 def list_studies(storage: Path) -> list[dict[str, Any]]:
-    """Each study of a storage: name, state, number of trials that ended, best score."""
-    listed = []
-    for name in stored_names(storage):
+    """Each study of a storage: name, state, number of trials that ended, best score.
+
+    One that cannot be read is in the state "unreadable", with the reason and nothing else.
+    """
+    return [_listed(storage, name) for name in stored_names(storage)]
+
+
+def _listed(storage: Path, name: str) -> dict[str, Any]:
+    try:
         status = study_status(storage, name)
-        best = status["best"]
-        listed.append(
-            {
-                "study": name,
-                "state": status["state"],
-                "trials": len(status["trials"]),
-                "budget": status["budget"]["trials"],
-                "best": None if best is None else best["score"],
-            }
-        )
-    return listed
+    except ConfigError as error:
+        unknown = {"trials": None, "budget": None, "best": None}
+        return {"study": name, "state": "unreadable", **unknown, "reason": str(error)}
+    best = status["best"]
+    return {
+        "study": name,
+        "state": status["state"],
+        "trials": len(status["trials"]),
+        "budget": status["budget"]["trials"],
+        "best": None if best is None else best["score"],
+        "reason": status["stopped"],
+    }
 
 
 def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:

@@ -16,7 +16,15 @@ from typing import Any
 
 import yaml
 
-from evomerge.database import check_writable, has_database, locked, open_database, stops_the_run
+from evomerge.database import (
+    can_be_read,
+    check_writable,
+    has_database,
+    locked,
+    open_database,
+    open_for_reading,
+    stops_the_run,
+)
 from evomerge.errors import ConfigError
 from evomerge.search.log import EventLog, study_names
 from evomerge.search.study import study_directory
@@ -43,23 +51,40 @@ def database_url(database_env: str | None, environment: Mapping[str, str]) -> st
 
 
 def open_log(storage: Path, name: str) -> EventLog | None:
-    """The log of study `name`, wherever its study.yaml says it is; None where there is none."""
+    """The log of study `name`, to be read; None where there is none.
+
+    It is wherever the study's study.yaml says. Raises ConfigError where that cannot be read.
+    """
     asked = database_env_of(study_directory(storage, name))
     if asked is None and not has_database(storage):
         return None
     url = database_url(asked, os.environ)
-    return EventLog(open_database(storage, url), name)
+    with can_be_read(f"study {name}"):
+        return EventLog(open_for_reading(storage, url), name)
 
 
 def stored_names(storage: Path) -> list[str]:
-    """The names of all studies of a storage, those of its own database first."""
-    names: list[str] = []
-    if has_database(storage):
-        database = open_database(storage)
-        names += study_names(database)
+    """The names of all studies of a storage, those of its own database first.
+
+    Raises ConfigError where that cannot be read and there are no folders, either.
+    """
+    folders = [path.parent.name for path in sorted((storage / "studies").glob(f"*/{STUDY_FILE}"))]
+    try:
+        names = _names_in_database(storage) if has_database(storage) else []
+    except ConfigError:
+        if not folders:
+            raise
+        names = []
+    return list(dict.fromkeys([*names, *folders]))
+
+
+def _names_in_database(storage: Path) -> list[str]:
+    database = open_for_reading(storage)
+    try:
+        with can_be_read(str(storage)):
+            return study_names(database)
+    finally:
         database.dispose()
-    folders = sorted((storage / "studies").glob(f"*/{STUDY_FILE}"))
-    return list(dict.fromkeys([*names, *(path.parent.name for path in folders)]))
 
 
 @contextmanager

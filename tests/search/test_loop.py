@@ -95,6 +95,7 @@ def test_the_status_has_the_shape_of_the_design(study: Study, storage: Path) -> 
             "trials": 24,
             "budget": 24,
             "best": best["score"],
+            "reason": None,
         }
     ]
 

@@ -23,6 +23,7 @@ from evomerge.database import (
     grades,
     metadata,
     open_database,
+    open_for_reading,
 )
 from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
@@ -115,6 +116,39 @@ def test_a_full_disk_is_refused_at_the_start(
     with pytest.raises(ConfigError, match=r"is full: 0\.1 MB are free, 4 MB at least are needed"):
         check_writable(tmp_path / "storage")
     assert not (tmp_path / "storage").exists()
+
+
+def test_a_study_is_read_where_the_disk_is_full(
+    study: Callable[..., StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = run_search(study(), storage=tmp_path, open_evaluator=opener(), trials=6)
+    monkeypatch.setattr("evomerge.database._NEEDED_BYTES", 1 << 80)
+    with pytest.raises(ConfigError, match="is full"):
+        check_writable(tmp_path)
+    assert study_status(tmp_path, "formula") == outcome.status
+
+
+def test_reading_a_database_makes_no_file_and_changes_none(log: EventLog, tmp_path: Path) -> None:
+    log.append(event.begun({"study": {}}))
+    log.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    engine = open_for_reading(tmp_path)
+    assert EventLog(engine, "study").history == log.history
+    engine.dispose()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        open_for_reading(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_damaged_database_hides_no_study(
+    study: Callable[..., StudyConfig], tmp_path: Path
+) -> None:
+    run_search(study(), storage=tmp_path, open_evaluator=opener(), trials=6)
+    (tmp_path / "evomerge.db").write_text("no database" * 100)
+    (listed,) = list_studies(tmp_path)
+    assert (listed["study"], listed["state"]) == ("formula", "unreadable")
+    assert "the database cannot be opened" in listed["reason"]
 
 
 def test_a_password_is_never_shown(tmp_path: Path) -> None:
@@ -290,6 +324,11 @@ def test_a_search_with_postgresql_is_the_search_with_sqlite(
     monkeypatch.delenv("STUDIES_URL")
     with pytest.raises(ConfigError, match="the variable STUDIES_URL is not set"):
         study_status(storage, "formula")
+    run_search(study(study="local"), storage=storage, open_evaluator=opener(), trials=6)
+    local, gone = list_studies(storage)
+    assert (local["study"], local["state"], local["trials"]) == ("local", "finished", 6)
+    assert (gone["study"], gone["state"], gone["trials"]) == ("formula", "unreadable", None)
+    assert "the variable STUDIES_URL is not set" in gone["reason"]
 
 
 def test_a_study_of_a_database_server_is_one_machines_at_a_time(
