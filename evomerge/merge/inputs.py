@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
     Checkpoint,
     disk_failure,
@@ -30,13 +31,16 @@ from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
 
-HUB_SECONDS = 8.0
+HUB_SECONDS = 6.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
 
 # What a model needs of a hub repository's top folder: no pickles, no code.
 HUB_FILE = re.compile(
     "|".join([r"[^/]+\.(safetensors|json|jinja)", *map(re.escape, TOKENIZER_FILES)])
 )
+
+# What the hub answers where there is no such repository, or not for this user.
+_REFUSALS = (401, 403, 404)
 
 _ORIGIN = "evomerge_origin.json"
 
@@ -71,7 +75,7 @@ class InputModels:
         Raises ConfigError where there is none: the message says what the reference could be.
         """
         if not self._is_local(reference) and "+" in reference:
-            base, adapter = _split(reference)
+            base, adapter = self._split(reference)
             return self._with_adapter(self.resolve(base), self._adapter(adapter))
         model = self._plain(reference)
         require_tokenizer(model)
@@ -79,12 +83,28 @@ class InputModels:
 
     def hub_ids(self, reference: str) -> tuple[str, ...]:
         """The hub repositories (`owner/name`) that a reference names: none, a model, an adapter."""
-        parts = [reference] if self._is_local(reference) else reference.split("+")
+        is_plain = self._is_local(reference) or "+" not in reference
+        parts = (reference,) if is_plain else self._split(reference)
         hub = [part for part in parts if not self._is_local(part) and HUB_NAME.fullmatch(part)]
         return tuple(part.partition("@")[0] for part in hub)
 
     def _is_local(self, reference: str) -> bool:
         return self._path(reference).exists()
+
+    def _split(self, reference: str) -> tuple[str, str]:
+        """The two sides of MODEL+ADAPTER, at the last + that has a local model before it.
+
+        Without one it is the first +: names on the hub have none.
+        """
+        places = [index for index, letter in enumerate(reference) if letter == "+"]
+        local = [index for index in places if index and self._is_local(reference[:index])]
+        place = max(local, default=places[0])
+        model, adapter = reference[:place], reference[place + 1 :]
+        if not model or not adapter or ("+" in adapter and not self._is_local(adapter)):
+            raise ConfigError(
+                f"{reference}: expected MODEL+ADAPTER, with one + and a name either side"
+            )
+        return model, adapter
 
     def _path(self, reference: str) -> Path:
         return (self.folder / Path(reference).expanduser()).resolve()
@@ -135,14 +155,14 @@ class InputModels:
         name, _, revision = reference.partition("@")
         try:
             commit, files = self._ask_hub(name, revision or None)
+            return self._download(reference, name, commit, files)
         except HubUnreachableError as error:
             self._unreachable.append(error)
-            kept = self._known_snapshot(reference)
+            kept = self._known_snapshot(reference) or self._cached_snapshot(reference)
             if kept is None:
                 raise
             self.say(f"{reference}: the hub does not answer; using {kept}")
             return kept
-        return self._download(reference, name, commit, files)
 
     def _ask_hub(self, name: str, revision: str | None) -> tuple[str, list[str]]:
         if self._unreachable:
@@ -151,20 +171,45 @@ class InputModels:
             )
         return _ask_hub(name, revision, self.hub_seconds)
 
+    def _kept_snapshot(self, name: str, commit: str) -> Path:
+        return self._kept(name.rpartition("/")[2], f"{name}@{commit}")
+
     def _known_snapshot(self, reference: str) -> Path | None:
         """The newest folder that an earlier download of `reference` left; None without one."""
         origins = (self.storage / "input_models").glob(f"*/{_ORIGIN}")
-        known = [path for path in origins if json.loads(path.read_text())["reference"] == reference]
+        known = [
+            path
+            for path in origins
+            # What is kept are links into the hub's cache, which may have been emptied.
+            if _origin_of(path) == reference
+            and all(file.exists() for file in path.parent.iterdir())
+        ]
         newest = max(known, key=lambda path: path.stat().st_mtime, default=None)
         return newest.parent.resolve() if newest else None
 
+    def _cached_snapshot(self, reference: str) -> Path | None:
+        """What the hub's own cache has of `reference`, put there by whatever program."""
+        name, _, revision = reference.partition("@")
+        cached = _find_cached(name, revision or None)
+        if cached is None:
+            return None
+        files = sorted(file.name for file in cached.iterdir() if HUB_FILE.fullmatch(file.name))
+        return self._linked(reference, name, cached, files)
+
     def _download(self, reference: str, name: str, commit: str, files: list[str]) -> Path:
         """The files at `commit`, in the hub's own cache, as a folder of links to them."""
-        kept = self._kept(name.rpartition("/")[2], f"{name}@{commit}")
-        if kept.is_dir() and all((kept / file).exists() for file in files):
+        kept = self._kept_snapshot(name, commit)
+        if _has_all(kept, files):
             return kept
         self.say(f"fetching {name} at {commit[:12]} ({len(files)} files)")
-        cached = _fetch(name, commit, files)
+        return self._linked(reference, name, _fetch(name, commit, files), files)
+
+    def _linked(self, reference: str, name: str, cached: Path, files: list[str]) -> Path:
+        """The folder for a model in the hub's cache, whose folders are named by their commits."""
+        commit = cached.name
+        kept = self._kept_snapshot(name, commit)
+        if _has_all(kept, files):
+            return kept
         with published(kept, overwrite=True) as partial:
             for file in files:
                 (partial / file).symlink_to((cached / file).resolve())
@@ -173,12 +218,16 @@ class InputModels:
         return kept
 
 
-def _split(reference: str) -> tuple[str, str]:
-    """The two sides of MODEL+ADAPTER."""
-    model, _, adapter = reference.partition("+")
-    if not model or not adapter or "+" in adapter:
-        raise ConfigError(f"{reference}: expected MODEL+ADAPTER, with one + and a name either side")
-    return model, adapter
+def _has_all(folder: Path, files: Sequence[str]) -> bool:
+    return folder.is_dir() and all((folder / file).exists() for file in files)
+
+
+def _origin_of(file: Path) -> str | None:
+    """The reference that a kept folder was made for; None where its file is spoiled."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["reference"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _dequantise(path: Path, out: Path, dtype: str) -> None:
@@ -238,19 +287,33 @@ def _fetch(name: str, commit: str, files: list[str]) -> Path:
     )
 
 
+def _find_cached(name: str, revision: str | None) -> Path | None:
+    """The hub cache's folder with a model or an adapter, found without asking anybody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # snapshot_download(local_files_only=True) refuses a cache without the files that nobody reads.
+    for config in (CONFIG_FILE, ADAPTER_CONFIG):
+        found = try_to_load_from_cache(name, config, revision=revision)
+        if isinstance(found, str) and any(Path(found).parent.glob("*.safetensors")):
+            return Path(found).parent
+    return None
+
+
 def _hub_call(name: str, call: Callable[[], Result]) -> Result:
     """What `call` returns; any failure of it as a ConfigError that names the repository."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return call()
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(
-            f"{name}: not a folder here, and the Hugging Face hub has no such model for you "
-            f"({_first_line(error)}); a private or gated one needs HF_TOKEN"
-        ) from error
-    # The other errors are those of the client's transport (requests, httpx), which changes.
+    # The others are those of servers in trouble, of proxies, and of the client's transport
+    # (requests, httpx), which changes.
     except Exception as error:
+        is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS
+        if is_answer or isinstance(error, HFValidationError):
+            raise ConfigError(
+                f"{name}: not a folder here, and the Hugging Face hub has no such model for you "
+                f"({_first_line(error)}); a private or gated one needs HF_TOKEN"
+            ) from error
         raise HubUnreachableError(
             f"{name}: not a folder here, and the Hugging Face hub does not answer "
             f"({_first_line(error)})"

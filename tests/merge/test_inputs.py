@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from evomerge.errors import ConfigError
-from evomerge.merge.inputs import InputModels
+from evomerge.merge.inputs import HUB_SECONDS, InputModels
 from tests import tiny
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -203,6 +203,83 @@ def test_a_hub_that_never_answers_is_given_up_once_for_all(tmp_path: Path) -> No
     assert not (tmp_path / "storage").exists()
 
 
+def test_the_hub_is_given_up_within_eight_seconds() -> None:
+    assert HUB_SECONDS == 6.0  # and about 1 s to load its client
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        *((status, "hub has no such model for you") for status in (401, 403)),
+        *((status, "hub does not answer") for status in (407, 429, 500)),
+    ],
+)
+def test_only_a_refusal_means_that_the_hub_has_no_such_model(
+    tmp_path: Path, status: int, said: str
+) -> None:
+    with hub({}, status=status) as (url, _):
+        line = resolve(tmp_path / "storage", url, "me/none").stdout.splitlines()[0]
+    assert f"me/none: not a folder here, and the Hugging Face {said}" in line
+
+
+def test_what_was_fetched_is_used_while_the_hub_is_in_trouble(model: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    storage = tmp_path / "storage"
+    with hub({"me/base": files}) as (url, _):
+        kept = resolve(storage, url, "me/base").stdout.splitlines()[0]
+    with hub({}, status=503) as (url, _):
+        later = resolve(storage, url, "me/base", "me/none")
+    lines = later.stdout.splitlines()
+    assert lines[0] == kept
+    assert "me/base: the hub does not answer; using" in later.stderr
+    assert lines[1] == "ConfigError me/none: not a folder here, and the hub did not answer before"
+
+
+def test_a_model_in_the_hubs_own_cache_is_found_without_the_hub(
+    model: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    fetch = "import huggingface_hub as hub; hub.snapshot_download('me/base')"
+    fetch += "; hub.snapshot_download('me/config', allow_patterns='config.json')"
+    with hub({"me/base": files, "me/config": files}) as (url, _):
+        environment = hub_environment(tmp_path, url)
+        subprocess.run([sys.executable, "-c", fetch], env=environment, check=True)
+    for storage, offline in (("unreachable", ""), ("offline", "1")):
+        run = resolve(tmp_path / storage, url, "me/base", "me/config", HF_HUB_OFFLINE=offline)
+        lines = run.stdout.splitlines()
+        kept = Path(lines[0])
+        assert kept.parent == tmp_path / storage / "input_models"
+        assert tiny.read_tensors(kept).keys() == tiny.read_tensors(model).keys()
+        assert "me/base: the hub does not answer; using" in run.stderr
+        assert lines[1].startswith("ConfigError me/config: not a folder here")
+
+
+def test_what_was_fetched_is_found_offline_beside_spoiled_folders(
+    model: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    storage = tmp_path / "storage"
+    with hub({"me/base": files}) as (url, _):
+        kept = resolve(storage, url, "me/base").stdout.splitlines()[0]
+    for name, text in (("a", "{"), ("b", "[]"), ("c", "{}"), ("d", '{"reference": "me/base"}')):
+        (storage / "input_models" / name).mkdir()
+        (storage / "input_models" / name / "evomerge_origin.json").write_text(text)
+    (storage / "input_models" / "d" / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert resolve(storage, url, "me/base").stdout.splitlines()[0] == kept
+
+
+def test_a_folder_with_a_plus_in_its_path_takes_an_adapter(model: Path, tmp_path: Path) -> None:
+    plus = tmp_path / "a+b" / "c+d"
+    plus.parent.mkdir()
+    plus.symlink_to(model)
+    lora = write_adapter(tmp_path / "lora+1", seed=1)
+    inputs = InputModels(tmp_path / "storage", folder=tmp_path)
+    made = inputs.resolve("a+b/c+d+lora+1")
+    assert made == inputs.resolve(f"{model}+{lora}")
+    assert inputs.hub_ids("a+b/c+d+me/lora") == ("me/lora",)
+    assert inputs.hub_ids("a+b/c+d") == ()
+
+
 def write_adapter(directory: Path, seed: int) -> Path:
     """A LoRA of rank 2 on one module, as PEFT saves it."""
     directory.mkdir(exist_ok=True)
@@ -254,12 +331,18 @@ def write_gguf(model: Path, file: Path) -> Path:
     return file
 
 
-def resolve(storage: Path, endpoint: str, *references: str) -> subprocess.CompletedProcess[str]:
+def hub_environment(folder: Path, endpoint: str) -> dict[str, str]:
+    """A process's environment with the hub at `endpoint` and its cache in `folder`."""
+    return {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub_cache")}
+
+
+def resolve(
+    storage: Path, endpoint: str, *references: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Resolves in a process of its own: the hub's address is read when its client is imported."""
-    cache = storage.parent / "hub_cache"
     return subprocess.run(
         [sys.executable, "-c", RESOLVE, str(storage), *references],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)},
+        env=hub_environment(storage.parent, endpoint) | variables,
         capture_output=True,
         text=True,
         check=True,
@@ -267,8 +350,13 @@ def resolve(storage: Path, endpoint: str, *references: str) -> subprocess.Comple
 
 
 @contextmanager
-def hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """A server with as much of the hub's interface as is needed: its address, its log."""
+def hub(
+    repositories: Mapping[str, Mapping[str, bytes]], status: int = 404
+) -> Iterator[tuple[str, list[str]]]:
+    """A server with as much of the hub's interface as is needed: its address, its log.
+
+    What it does not have it answers with `status`.
+    """
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -282,8 +370,8 @@ def hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, 
         def answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
             body = self.body(path)
-            self.send_response(200 if body is not None else 404)
-            if body is None:
+            self.send_response(200 if body is not None else status)
+            if body is None and status == 404:
                 self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(body or b"")))
             self.send_header("ETag", f'"{abs(hash(path)):x}"')
