@@ -31,7 +31,7 @@ from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
 
-HUB_SECONDS = 6.0
+HUB_SECONDS = 5.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
 
 # What a model needs of a hub repository's top folder: no pickles, no code.

@@ -204,7 +204,7 @@ def test_a_hub_that_never_answers_is_given_up_once_for_all(tmp_path: Path) -> No
 
 
 def test_the_hub_is_given_up_within_eight_seconds() -> None:
-    assert HUB_SECONDS == 6.0  # and about 1 s to load its client
+    assert HUB_SECONDS == 5.0  # and, on a busy machine, almost 3 s to start and load its client
 
 
 @pytest.mark.parametrize(
