@@ -40,11 +40,12 @@ set -m
 "$evomerge" search "$@" &
 search=$!
 
-# `wait` returns early whenever a trap has run.
+# `wait` returns early whenever a trap has run: only the one after the end gives the search's status.
 while kill -0 "$search" 2>/dev/null; do
     wait "$search"
-    status=$?
 done
+wait "$search"
+status=$?
 
 if [ "$requeue" = yes ] && [ "$status" -eq 130 ]; then
     echo "time limit near: putting job $SLURM_JOB_ID back into the queue" >&2

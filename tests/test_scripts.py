@@ -25,7 +25,21 @@ except KeyboardInterrupt:
 """
 
 
-def slurm_job(folder: Path, seconds: float) -> subprocess.Popen[str]:
+# `kill -0`, asked whether the search is there: with ended_at 1 it has ended before it is asked,
+# with 2 right after a signal has interrupted the wait for it.
+SLOW_TO_LOOK = """
+asked=0
+kill() {{
+    [ "$1" = -0 ] || {{ builtin kill "$@"; return; }}
+    asked=$((asked + 1))
+    [ "$asked" -lt {ended_at} ] && return 0
+    while builtin kill -0 "$2" 2>/dev/null; do sleep 0.05; done
+    return 1
+}}
+"""
+
+
+def slurm_job(folder: Path, seconds: float, ended_at: int | None = None) -> subprocess.Popen[str]:
     """The job script with a stand-in for the search and Slurm's own command beside it."""
     commands = {
         "search": SEARCH.format(python=sys.executable, seconds=seconds),
@@ -40,6 +54,9 @@ def slurm_job(folder: Path, seconds: float) -> subprocess.Popen[str]:
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "17",
     }
+    if ended_at is not None:
+        (folder / "slow").write_text(SLOW_TO_LOOK.format(ended_at=ended_at))
+        environment["BASH_ENV"] = str(folder / "slow")
     return subprocess.Popen(
         ["bash", str(SLURM), "study.yaml", "--trials", "9"],
         cwd=folder,
@@ -81,6 +98,21 @@ def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path: Path) -> None:
         job.communicate()
     assert job.returncode == 0
     assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_whose_search_is_over_at_once_ends_as_the_search_does(tmp_path: Path) -> None:
+    with slurm_job(tmp_path, seconds=0, ended_at=1) as job:
+        told = job.communicate()[1]
+    assert (job.returncode, told) == (0, "")
+
+
+def test_a_job_whose_search_ends_at_the_signal_is_requeued(tmp_path: Path) -> None:
+    with slurm_job(tmp_path, seconds=60, ended_at=2) as job:
+        wait_for(tmp_path / "asked")
+        job.send_signal(signal.SIGUSR1)
+        job.communicate()
+    assert job.returncode == 130
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
 @pytest.mark.parametrize("script", [SLURM, ROOT / ".ci" / "run"], ids=lambda path: path.name)

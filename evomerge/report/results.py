@@ -14,10 +14,10 @@ from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
-from evomerge.report.table import Row, outcome_markdown, outcome_rows
+from evomerge.report.table import Row, outcome_markdown, outcome_rows, score_text
 from evomerge.search.log import begun_with
 from evomerge.search.status import BEST_FILE, study_status, trial_recipe
-from evomerge.search.storage import open_log, write_whole
+from evomerge.search.storage import held, open_log, write_whole
 from evomerge.search.study import study_directory
 
 MODEL_FOLDER = "model"
@@ -66,11 +66,16 @@ def write_results(storage: Path, name: str, say: Callable[[str], None]) -> Resul
     """Writes the winner's model and the report of a finished study into its folder.
 
     What is there and still true is left as it is; `say` is told what takes its time. Raises
-    ConfigError where the study is not finished.
+    ConfigError where the study is not finished or another process is at work on it.
     """
+    with held(study_directory(storage, name)):
+        return _write_results(storage, name, say)
+
+
+def _write_results(storage: Path, name: str, say: Callable[[str], None]) -> Results:
     status, begun = study_status(storage, name), _begun(storage, name)
     if status["outcome"] is None:
-        raise ConfigError(f"study {name} is {status['state']}: evomerge resume {name} finishes it")
+        raise ConfigError(f"study {name} is not finished: evomerge resume {name} finishes it")
     directory = study_directory(storage, name).absolute()
     recipe = trial_recipe(storage, name)
     model = directory / MODEL_FOLDER
@@ -127,9 +132,11 @@ def _origin(storage: Path, name: str, number: int | None) -> str:
     outcome = status["outcome"]
     if number is not None or outcome is None:
         return f"{origin} (study `{name}`)."
-    scores = f"mean grade {outcome['search']['evolved']:.3f} on the tasks it was searched on"
+    scores = (
+        f"mean grade {score_text(outcome['search']['evolved'])} on the tasks it was searched on"
+    )
     if outcome["holdout"] is not None:
-        scores += f", {outcome['holdout']['evolved']:.3f} on held-out tasks"
+        scores += f", {score_text(outcome['holdout']['evolved'])} on held-out tasks"
     return f"{origin} (study `{name}`): {scores}."
 
 

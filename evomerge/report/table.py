@@ -62,4 +62,9 @@ def _headings(tasks: tuple[int, int]) -> list[str]:
 
 def _cells(row: Row, tasks: tuple[int, int]) -> list[str]:
     scores = [row.search, row.holdout] if tasks[1] else [row.search]
-    return ["–" if score is None else f"{score:.3f}" for score in scores]
+    return [score_text(score) for score in scores]
+
+
+def score_text(score: float | None) -> str:
+    """A score for readers; a dash where there is none."""
+    return "–" if score is None else f"{score:.3f}"

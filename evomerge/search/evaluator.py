@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,11 +30,17 @@ class TimeSplit:
 
 @dataclass
 class EngineEvaluator:
-    """Evaluates recipes on the tasks of a suite, one candidate at a time, in one engine."""
+    """Evaluates recipes on the tasks of a suite, one candidate at a time, in one engine.
+
+    `say` is told once where a candidate cannot be loaded live; `by_disk_is_news` False: not even
+    then, because it was asked for.
+    """
 
     engine: Engine
     suite: Suite
     split: TimeSplit = field(default_factory=TimeSplit)
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    by_disk_is_news: bool = True
 
     def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
         """What the model of `recipe` makes of the tasks, in their order.
@@ -43,8 +49,12 @@ class EngineEvaluator:
         gone.
         """
         start = time.perf_counter()
-        self.engine.load(recipe)
+        candidate = self.engine.load(recipe)
         loaded = time.perf_counter()
+        if candidate.how == "disk" and self.by_disk_is_news:
+            self.by_disk_is_news = False
+            why = self.engine.supports(recipe) or "the engine does not say why"
+            self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
         results = evaluate_tasks(self.engine, self.suite, self.suite.select(task_ids))
         end = time.perf_counter()
         generation = sum(result.seconds for result in results)
@@ -65,7 +75,8 @@ def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEva
     with open_engine(name, engine_config(study)) as engine:
         check_prompt_lengths(engine, study.suite, study.suite.tasks)
         split.engine_start += time.perf_counter() - start
-        yield EngineEvaluator(engine, study.suite, split)
+        by_disk_is_news = study.config.engine.load == "live"
+        yield EngineEvaluator(engine, study.suite, split, by_disk_is_news=by_disk_is_news)
 
 
 def engine_config(study: ResolvedStudy) -> EngineConfig:
