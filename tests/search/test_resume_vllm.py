@@ -1,0 +1,78 @@
+"""A search inside the real vLLM, killed and resumed, against an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+DEMO = Path(__file__).resolve().parents[2] / "scripts" / "demo"
+UNITS = 4 + 8  # base, two experts, uniform; then two generations of four
+
+
+def write_study(folder: Path) -> Path:
+    """The demo's models on a part of its tasks, as a short search, in `folder`."""
+    content = yaml.safe_load((DEMO / "demo.yaml").read_text())
+    content |= {
+        "base_model": str(DEMO / content["base_model"]),
+        "models": [str(DEMO / model) for model in content["models"]],
+        "sampler": content["sampler"] | {"population": 4},
+        "budget": {"trials": 8},
+        "engine": content["engine"] | {"name": "vllm", "threads": 1},
+    }
+    lines = (DEMO / "tasks.jsonl").read_text().splitlines()
+    (folder / "tasks.jsonl").write_text("\n".join(lines[::2]) + "\n")
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "evomerge", *map(str, words)]
+
+
+def killed_after(units: int, study: Path, storage: Path) -> None:
+    """Runs the search until so many units are told on stderr, then SIGKILL."""
+    with subprocess.Popen(
+        command("search", study, "--storage", storage), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        done = 0
+        for line in process.stderr:
+            done += " answers " in line
+            if done == units:
+                break
+        process.kill()
+
+
+def outcome(storage: Path) -> tuple[list[Any], bytes]:
+    """(every trial's genome and score, the bytes of the best recipe)."""
+    shown = subprocess.run(
+        command("status", "demo", "--storage", storage, "--json"), capture_output=True, check=True
+    )
+    status = json.loads(shown.stdout)
+    assert status["state"] == "finished"
+    trials = [(trial["genome"], trial["score"]) for trial in status["trials"]]
+    return trials, Path(status["best"]["config"]).read_bytes()
+
+
+def test_a_search_in_vllm_that_was_killed_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    for name in ("unbroken", "broken"):
+        if name == "broken":
+            killed_after(random.randint(1, UNITS - 1), study, tmp_path / name)
+        subprocess.run(
+            command("search", study, "--storage", tmp_path / name), check=True, capture_output=True
+        )
+    unbroken, broken = outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken")
+    assert broken == unbroken
+    assert len({score for _, score in unbroken[0]}) > 1
