@@ -12,6 +12,7 @@ import functools
 import shutil
 import sysconfig
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def can_compile() -> bool:
         return False
     numbers = torch.arange(4.0)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own, which may be errors here
             _compiled("linear", 1)(torch.empty(4), [numbers], torch.ones(1))
     except Exception:  # a compiler that does not work fails in many ways, and eager kernels do
         return False
