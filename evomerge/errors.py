@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EvomergeError(Exception):
     """An error with a message for the user: the CLI prints it without a traceback."""
@@ -29,3 +32,13 @@ class CandidateError(EvomergeError):
 
 class EngineDiedError(EvomergeError):
     """The engine is gone or broken: it must be opened again before anything else is asked of it."""
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown `word`: the known one it is like, or all of them.
+
+    `cutoff` in [0, 1] is how like it has to be (`difflib.get_close_matches`).
+    """
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(words)}"

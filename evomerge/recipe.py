@@ -6,7 +6,6 @@ dtype. Numbers stay as they were written; their meaning for one tensor is found 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.strict_yaml import load_yaml
 
 # A number or flag, a gradient (list of them), or a list of {filter, value} conditions.
@@ -58,6 +57,8 @@ PARAMETER_NAMES = (
     "r",
     "alpha",
 )
+# Parameters have short names, in which one wrong letter is a large part.
+_CUTOFF = 0.5
 _MERGEKIT_ONLY_KEYS = ("modules", "tokenizer", "chat_template")
 _TRUE_WORDS = frozenset({"true", "yes", "on", "y", "t", "1"})
 _FALSE_WORDS = frozenset({"false", "no", "off", "n", "f", "0"})
@@ -83,7 +84,9 @@ def _check_setting(name: str, setting: Setting) -> None:
 def _check_condition(name: str, condition: Mapping[str, Setting]) -> None:
     for key in condition:
         if key not in ("filter", "value"):
-            raise ValueError(f"{name}: unknown key {key!r}{_nearest(key, ('filter', 'value'))}")
+            raise ValueError(
+                f"{name}: unknown key {key!r}{nearest(key, ('filter', 'value'), cutoff=_CUTOFF)}"
+            )
     if not isinstance(condition.get("filter", ""), str | None):
         raise ValueError(f"{name}: filter {condition['filter']!r} should be a string")
     if "value" not in condition:
@@ -108,7 +111,9 @@ def _check_scalar(name: str, scalar: Setting) -> None:
 def _check_settings(settings: dict[str, Setting]) -> dict[str, Setting]:
     for name, setting in settings.items():
         if name not in PARAMETER_NAMES:
-            raise ValueError(f"unknown parameter {name!r}{_nearest(name, PARAMETER_NAMES)}")
+            raise ValueError(
+                f"unknown parameter {name!r}{nearest(name, PARAMETER_NAMES, cutoff=_CUTOFF)}"
+            )
         _check_setting(name, setting)
     return settings
 
@@ -122,7 +127,7 @@ def _check_dtype(name: str | None) -> str | None:
 def _check_method(name: str) -> str:
     if name not in METHOD_NAMES:
         raise ValueError(
-            f"unknown merge method {name!r}{_nearest(name, METHOD_NAMES)}; "
+            f"unknown merge method {name!r}{nearest(name, METHOD_NAMES, cutoff=_CUTOFF)}; "
             f"there are {', '.join(METHOD_NAMES)}"
         )
     return name
@@ -459,7 +464,8 @@ def _describe(mistake: ErrorDetails) -> str:
     location = mistake["loc"]
     place = ".".join(str(part) for part in location) + ": " if location else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{place}unknown key{_nearest(str(location[-1]), _keys_at(location[:-1]))}"
+        known = _keys_at(location[:-1])
+        return f"{place}unknown key{nearest(str(location[-1]), known, cutoff=_CUTOFF)}"
     if mistake["type"] == "missing":
         return f"{place}is missing"
     message = mistake["msg"].removeprefix("Value error, ")
@@ -473,8 +479,3 @@ def _keys_at(location: Sequence[object]) -> list[str]:
     levels: dict[object, type[BaseModel]] = {"slices": Slice, "sources": Source, "models": Model}
     found = [levels[part] for part in location if part in levels]
     return list((found[-1] if found else Recipe).model_fields)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else f"; known are {', '.join(known)}"

@@ -19,6 +19,7 @@ from evomerge.search.log import begun_with
 from evomerge.search.status import BEST_FILE, study_status, trial_recipe
 from evomerge.search.storage import held, open_log, write_whole
 from evomerge.search.study import study_directory
+from evomerge.search.timing import overhead_share
 
 MODEL_FOLDER = "model"
 REPORT_FILE = "report.md"
@@ -197,7 +198,11 @@ def _time_table(seconds: Mapping[str, float]) -> str:
     rows = [
         f"| {words} | {spent:.1f} | {share:.1%} |" for words, spent, share in time_split(seconds)
     ]
-    return "\n".join(["| what | seconds | share |", "|---|---:|---:|", *rows]) + "\n"
+    rest = (
+        "\nEverything that is not switching, generation or scoring: "
+        f"{overhead_share(seconds):.1%} of the time after the engine's start."
+    )
+    return "\n".join(["| what | seconds | share |", "|---|---:|---:|", *rows, rest]) + "\n"
 
 
 def _how_to_repeat(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import math
 import re
@@ -25,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.resources import locate
 from evomerge.space import SpaceConfig
@@ -302,7 +301,7 @@ def _check_engine_keys(keys: Sequence[str], trusted: bool) -> None:
     """Raises ValueError that says of each key what is wrong with it."""
     known = tuple(EngineSettings.model_fields)
     mistakes = [
-        f"unknown key {key!r}{_nearest(key, known)}; other settings of vLLM need --trust-code "
+        f"unknown key {key!r}{nearest(key, known)}; other settings of vLLM need --trust-code "
         "on the command line"
         for key in keys
         if key not in known and key != "quantization" and not trusted
@@ -328,14 +327,9 @@ def _complaint(mistake: Mapping[str, Any]) -> str:
     place = ".".join(location)
     if mistake["type"] == "extra_forbidden":
         section = _SECTIONS.get(location[0], StudyConfig) if len(location) > 1 else StudyConfig
-        return f"{place}: unknown key{_nearest(location[-1], tuple(section.model_fields))}"
+        return f"{place}: unknown key{nearest(location[-1], tuple(section.model_fields))}"
     if mistake["type"] == "missing":
         return f"{place}: is missing"
     message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix(f"{place}: ")
     given = "" if mistake["type"] == "value_error" else f" (given: {mistake['input']!r})"
     return f"{place}: {message}{given}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
