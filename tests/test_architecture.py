@@ -16,11 +16,12 @@ PACKAGE = ROOT / "evomerge"
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "strict_yaml": set(),
+    "merge_rules": set(),
     "resources": {"errors"},
     "database": {"errors"},
-    "recipe": {"errors", "strict_yaml"},
-    "space": {"errors", "recipe"},
-    "merge": {"errors", "recipe"},
+    "recipe": {"errors", "merge_rules", "strict_yaml"},
+    "space": {"errors", "merge_rules", "recipe"},
+    "merge": {"errors", "merge_rules", "recipe"},
     "engine": {"errors", "recipe", "merge"},
     "evaluate": {"errors", "strict_yaml", "resources", "database", "engine.base"},
     "search": {
