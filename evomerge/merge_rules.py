@@ -145,7 +145,7 @@ _ROWS = (
     MethodRules(
         "karcher",
         "Karcher Mean",
-        "https://en.wikipedia.org/wiki/Karcher_mean",
+        "https://arxiv.org/abs/2603.04972",
         (
             Parameter("max_iter", kind=int, default=10, low=0),
             Parameter("tol", default=1e-5, low=0.0),
@@ -222,7 +222,7 @@ _ROWS = (
     MethodRules(
         "arcee_fusion",
         "Arcee Fusion",
-        "https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
+        "https://arcee.ai",
         (),
         inputs=(1, 1),
     ),
