@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evomerge.merge.methods import METHODS, Method
+from evomerge.merge.methods import KERNELS, Kernel
 
 # The float32 temporaries of a chunk fit into a core's second-level cache, and torch does not split
 # so few elements over threads: on busy cores those wait for each other (0.1 s against up to 9 s).
@@ -77,7 +77,7 @@ def merge_into(
         if compiled and method != "passthrough":
             _compiled(method, len(inputs))(out, inputs, weights_k)
         else:
-            _in_chunks(METHODS[method], out, inputs, weights_k)
+            _in_chunks(KERNELS[method], out, inputs, weights_k)
 
 
 def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -87,7 +87,7 @@ def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     return out, list(inputs)
 
 
-def _in_chunks(method: Method, out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+def _in_chunks(method: Kernel, out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
     """`method` piece by piece along the first dimension, so that temporaries stay in the cache."""
     limit = CHUNK_ELEMENTS_CPU if out.device.type == "cpu" else CHUNK_ELEMENTS_GPU
     if out.numel() <= limit or out.dim() == 0:
@@ -107,7 +107,7 @@ def _compiled(method: str, number_of_inputs: int) -> Callable[..., None]:
     code object and refuses the ninth.
     """
     del number_of_inputs
-    function = METHODS[method]
+    function = KERNELS[method]
     assert isinstance(function, types.FunctionType)
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True)

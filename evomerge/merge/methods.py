@@ -1,21 +1,73 @@
 """The maths of merging: tensors in, one tensor out.
 
-Every function computes in float32 and rounds once, into `out`. The order of the operations is part
-of the contract: the compiled kernels (`kernels.py`) run these very functions, and the merge in the
-live engine must equal the one on disk to the last bit.
+Every method is one function of the tensors and of the numbers of its row in `merge_rules.py`. It
+returns what is left to do per element: a `Blend` of the inputs, or `Pieces` of the output. All are
+computed in float32 and rounded once, into `out`. The order of the operations is part of the
+contract: the compiled kernels (`kernels.py`) run these very functions, and the merge in the live
+engine must equal the one on disk to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Method = Callable[[Tensor, Sequence[Tensor], Tensor], None]
+T = TypeVar("T")
+Kernel = Callable[[Tensor, Sequence[Tensor], Tensor], None]
 
 
-def task_arithmetic(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+# As mergekit: a smaller sum of weights is no divisor.
+_SMALLEST_SUM = 1e-8
+
+
+class Recall(Protocol):
+    """`recall(key, compute)`: compute(), or what it gave before for the same key and inputs.
+
+    Statistics of the inputs alone are handed through it, so that a search computes them once per
+    study. A key holds every number that the statistic depends on.
+    """
+
+    def __call__(self, key: Hashable, compute: Callable[[], T], /) -> T: ...
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What is left is the element-wise `kernel` over the inputs.
+
+    "linear": one weight for each of [base, if there is one, *inputs]; "task_arithmetic": one for
+    each of `inputs`, all measured against the base; "passthrough": none. The weights are float64
+    numbers, which the caller rounds to float32.
+    """
+
+    kernel: Literal["linear", "task_arithmetic", "passthrough"]
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The output, any part of it at a time.
+
+    `fill(out, start, stop)` computes the elements [start, stop) of the flattened output into the
+    vector `out`, rounding once; start and stop are multiples of `step` (stop may be the end). The
+    bits do not depend on how the output is cut, and pieces may be filled by several threads at
+    once.
+    """
+
+    fill: Callable[[Tensor, int, int], None]
+    step: int = 1
+
+
+def recall_nothing(_key: Hashable, compute: Callable[[], T], /) -> T:
+    """A `Recall` for one tensor merged once."""
+    return compute()
+
+
+def task_arithmetic_kernel(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
     """out = base + Σᵢ weightᵢ · (tunedᵢ − base), with inputs = [base, tuned₁, …, tunedₖ].
 
     All inputs have the shape of `out`, any floating dtype; `weights` is float32 of shape (k,) and
@@ -32,7 +84,7 @@ def task_arithmetic(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> N
     out.copy_(base + delta)
 
 
-def linear(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+def linear_kernel(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
     """out = Σᵢ weightᵢ · inputᵢ; whoever wants an average hands in weights that sum to 1.
 
     All inputs have the shape of `out`, any floating dtype; `weights` is float32 of shape (k,).
@@ -44,16 +96,77 @@ def linear(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
     out.copy_(total)
 
 
-def passthrough(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
+def passthrough_kernel(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
     """out = input, in `out`'s dtype; `weights` is empty and not read."""
     del weights
     out.copy_(inputs[0])
 
 
-METHODS: dict[str, Method] = {
-    "linear": linear,
-    "passthrough": passthrough,
-    "task_arithmetic": task_arithmetic,
+KERNELS: dict[str, Kernel] = {
+    "linear": linear_kernel,
+    "passthrough": passthrough_kernel,
+    "task_arithmetic": task_arithmetic_kernel,
+}
+
+
+def linear(
+    base: Tensor | None,
+    inputs: Sequence[Tensor],
+    *,
+    weight: Sequence[float],
+    normalize: bool,
+    recall: Recall,
+) -> Blend:
+    """Σᵢ wᵢ·xᵢ, divided by Σᵢ wᵢ if `normalize`.
+
+    Raises ValueError for weights to normalise whose sum is nearer to 0 than 1e-8; mergekit divides.
+    Source: Wortsman et al. 2022 (model soups), arXiv:2203.05482, §2.
+    """
+    del base, inputs, recall
+    if not normalize:
+        return Blend("linear", tuple(weight))
+    total = math.fsum(weight)
+    if not abs(total) >= _SMALLEST_SUM:
+        raise ValueError(f"weights that sum to {total} cannot be normalised")
+    return Blend("linear", tuple(one / total for one in weight))
+
+
+def task_arithmetic(
+    base: Tensor | None,
+    inputs: Sequence[Tensor],
+    *,
+    weight: Sequence[float],
+    lambda_: float,
+    normalize: bool,
+    recall: Recall,
+) -> Blend:
+    """b + λ·Σᵢ wᵢ·(xᵢ − b), the sum divided by Σᵢ wᵢ if `normalize` (by 1 if that is below 1e-8).
+
+    Source: Ilharco et al. 2023, arXiv:2212.04089, §2.
+    """
+    del base, inputs, recall
+    total = math.fsum(weight) if normalize else 1.0
+    scale = lambda_ / (total if abs(total) >= _SMALLEST_SUM else 1.0)
+    return Blend("task_arithmetic", tuple(one * scale for one in weight))
+
+
+def passthrough(
+    base: Tensor | None,
+    inputs: Sequence[Tensor],
+    *,
+    scale: Sequence[float | None],
+    recall: Recall,
+) -> Blend:
+    """scale·x, with one input; without a scale (None, or 1) x itself."""
+    del base, inputs, recall
+    (factor,) = scale
+    if factor is None or factor == 1.0:
+        return Blend("passthrough")
+    return Blend("linear", (factor,))
+
+
+METHODS: dict[str, Callable[..., Blend | Pieces]] = {
+    one.__name__: one for one in (linear, passthrough, task_arithmetic)
 }
 
 
