@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evomerge.merge.methods import KERNELS, Kernel
+from evomerge.merge.methods import KERNELS, Kernel, weight_words, working_dtype
 
 # The float32 temporaries of a chunk fit into a core's second-level cache, and torch does not split
 # so few elements over threads: on busy cores those wait for each other (0.1 s against up to 9 s).
@@ -43,7 +43,7 @@ def can_compile() -> bool:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own, which may be errors here
-            _compiled("linear", 1)(torch.empty(4), [numbers], torch.ones(1))
+            _compiled("linear", 1)(torch.empty(4), [numbers], torch.ones(2, 1))
     except Exception:  # a compiler that does not work fails in many ways, and eager kernels do
         return False
     return True
@@ -68,16 +68,16 @@ def merge_into(
 ) -> None:
     """Fills `out` with `method` over `inputs`, computed in float32 and rounded once.
 
-    `out` may be a view into a larger parameter; `inputs` have its shape and lie on its device.
-    `weights` are rounded to float32 before anything is computed.
+    (In float64, where `out` or an input is float64.) `out` may be a view into a larger parameter;
+    `inputs` have its shape and lie on its device.
     """
-    weights_k = torch.tensor(weights, dtype=torch.float32, device=out.device)
+    words = weight_words(weights, working_dtype([out, *inputs])).to(out.device)
     out, inputs = _flattened(out, inputs)
     with torch.no_grad():
         if compiled and method != "passthrough":
-            _compiled(method, len(inputs))(out, inputs, weights_k)
+            _compiled(method, len(inputs))(out, inputs, words)
         else:
-            _in_chunks(KERNELS[method], out, inputs, weights_k)
+            _in_chunks(KERNELS[method], out, inputs, words)
 
 
 def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
