@@ -48,6 +48,9 @@ StorageOption = Annotated[
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there already.")
 ]
+LenientOption = Annotated[
+    bool, typer.Option("--lenient", help="Drop keys and parameters that nobody knows.")
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
 TrialsOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="A new total of trials.")
@@ -220,20 +223,20 @@ def merge(
         str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
     ] = "5GB",
     seed: Annotated[
-        int, typer.Option(help="For methods that draw at random; none of today's does.")
+        int, typer.Option(metavar="N", help="For methods that draw at random (dare, della).")
     ] = 0,
+    lenient: LenientOption = False,
     storage: StorageOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Merge models as a mergekit YAML says, into a complete model folder."""
-    del seed
     shard_bytes = parse_size(max_shard_size)
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
     from evomerge.recipe import read_recipe
     from evomerge.report.export import merge_recipe
 
-    wanted = read_recipe(recipe)
+    wanted = read_recipe(recipe, lenient=lenient, say=_say)
     refuse_existing(out.absolute(), overwrite=overwrite)
     inputs = InputModels(storage_directory(storage), say=_say)
     with _mistakes_of(recipe):
@@ -244,6 +247,7 @@ def merge(
             verbatim=recipe.read_text(encoding="utf-8"),
             max_shard_size=shard_bytes,
             overwrite=overwrite,
+            seed=seed,
         )
     print(out)
 

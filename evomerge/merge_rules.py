@@ -85,9 +85,7 @@ def _task_vectors(
 ) -> MethodRules:
     """A method over sparsified differences to the base: they share these parameters."""
     shared = (_WEIGHT, _DENSITY, _LAMBDA, _flag("normalize", normalize), _flag("rescale", rescale))
-    return MethodRules(
-        name, title, paper, (*shared, *more), random=random, ignored=("int8_mask",)
-    )
+    return MethodRules(name, title, paper, (*shared, *more), random=random, ignored=("int8_mask",))
 
 
 _ROWS = (
@@ -114,7 +112,7 @@ _ROWS = (
         "https://arxiv.org/abs/2212.04089",
         (_WEIGHT, _LAMBDA, _flag("normalize", False)),
         whole=False,
-        ignored=("int8_mask", "density", "rescale"),
+        ignored=("int8_mask",),
     ),
     MethodRules(
         "slerp",

@@ -1,15 +1,15 @@
 """Recipes: mergekit's YAML format, read strictly and written exactly.
 
 A recipe says which models become one model: merge method, slices (or whole models), parameters,
-dtype. Numbers stay as they were written; their meaning for one tensor is found by `resolve`.
+dtype, tokenizer. Numbers stay as they were written; `settings` says what they mean for one tensor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
@@ -24,118 +24,44 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules
+from evomerge.settings import CUTOFF, Setting, Settings, check_setting, misfits
 from evomerge.strict_yaml import load_yaml
 
-# A number or flag, a gradient (list of them), or a list of {filter, value} conditions.
-Setting: TypeAlias = object
-Settings: TypeAlias = Mapping[str, Setting]
+DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+# Keys that mergekit declares or skips and that change nothing, by the level that they stand on.
+_WITHOUT_EFFECT = {"models": ("layer_range",), "slices": ("residual_weight",)}
+# Of an object in place of a model's name, as mergekit writes it.
+_REFERENCE_KEYS = ("model", "lora", "override_architecture")
+_PATH_KEYS = ("path", "revision")
 
-METHOD_NAMES = ("task_arithmetic", "linear", "passthrough")
-METHODS_WITH_BASE = frozenset({"task_arithmetic"})
-DTYPE_NAMES = ("bfloat16", "float16", "float32")
-# What mergekit reads for any of its methods: a name beyond these is a typing error. Names that
-# the recipe's own method does not read (int8_mask for task_arithmetic) change nothing, as there.
-PARAMETER_NAMES = (
-    "weight",
-    "density",
-    "gamma",
-    "epsilon",
-    "scale",
-    "t",
-    "normalize",
-    "lambda",
-    "rescale",
-    "int8_mask",
-    "max_iter",
-    "tol",
-    "nuslerp_flatten",
-    "nuslerp_row_wise",
-    "normalize_weights",
-    "eps",
-    "filter_wise",
-    "select_topk",
-    "r",
-    "alpha",
-)
-# Parameters have short names, in which one wrong letter is a large part.
-_CUTOFF = 0.5
-_MERGEKIT_ONLY_KEYS = ("modules", "tokenizer", "chat_template")
-_TRUE_WORDS = frozenset({"true", "yes", "on", "y", "t", "1"})
-_FALSE_WORDS = frozenset({"false", "no", "off", "n", "f", "0"})
-
-
-def _check_setting(name: str, setting: Setting) -> None:
-    """Raises ValueError where `setting` has none of the three forms."""
-    if isinstance(setting, Mapping):
-        _check_condition(name, setting)
-    elif isinstance(setting, list):
-        conditional = [isinstance(item, Mapping) for item in setting]
-        if any(conditional) and not all(conditional):
-            raise ValueError(f"{name}: a list holds numbers or {{filter, value}} entries, not both")
-        for item in setting:
-            if isinstance(item, Mapping):
-                _check_condition(name, item)
-            else:
-                _check_scalar(name, item)
-    else:
-        _check_scalar(name, setting)
-
-
-def _check_condition(name: str, condition: Mapping[str, Setting]) -> None:
-    for key in condition:
-        if key not in ("filter", "value"):
-            raise ValueError(
-                f"{name}: unknown key {key!r}{nearest(key, ('filter', 'value'), cutoff=_CUTOFF)}"
-            )
-    if not isinstance(condition.get("filter", ""), str | None):
-        raise ValueError(f"{name}: filter {condition['filter']!r} should be a string")
-    if "value" not in condition:
-        raise ValueError(f"{name}: {dict(condition)!r} has no value")
-    value = condition["value"]
-    for item in value if isinstance(value, list) else [value]:
-        _check_scalar(name, item)
-
-
-def _check_scalar(name: str, scalar: Setting) -> None:
-    if isinstance(scalar, bool | int | float):
-        return
-    if not isinstance(scalar, str):
-        raise ValueError(f"{name}: {scalar!r} is not a number")
-    if scalar.lower() not in _TRUE_WORDS | _FALSE_WORDS:
-        try:
-            float(scalar)
-        except ValueError:
-            raise ValueError(f"{name}: {scalar!r} is not a number") from None
+Say = Callable[[str], None]
 
 
 def _check_settings(settings: dict[str, Setting]) -> dict[str, Setting]:
     for name, setting in settings.items():
         if name not in PARAMETER_NAMES:
             raise ValueError(
-                f"unknown parameter {name!r}{nearest(name, PARAMETER_NAMES, cutoff=_CUTOFF)}"
+                f"unknown parameter {name!r}{nearest(name, PARAMETER_NAMES, cutoff=CUTOFF)}"
             )
-        _check_setting(name, setting)
+        check_setting(name, setting)
     return settings
 
 
 def _check_dtype(name: str | None) -> str | None:
     if name is not None and name.removeprefix("torch.") not in DTYPE_NAMES:
-        raise ValueError(f"{name!r} is no dtype of a merge; one of {', '.join(DTYPE_NAMES)} is")
-    return name
-
-
-def _check_method(name: str) -> str:
-    if name not in METHOD_NAMES:
+        meant = _SHORT_DTYPES.get(name.lower())
+        hint = f"; did you mean {meant!r}?" if meant else ""
         raise ValueError(
-            f"unknown merge method {name!r}{nearest(name, METHOD_NAMES, cutoff=_CUTOFF)}; "
-            f"there are {', '.join(METHOD_NAMES)}"
+            f"{name!r} is no dtype of a merge; one of {', '.join(DTYPE_NAMES)} is{hint}"
         )
     return name
 
 
-def _check_tokenizer_source(name: str | None) -> str | None:
-    if name not in (None, "base"):
-        raise ValueError(f"{name!r} is not supported yet; leave it out, or write base")
+def _check_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"unknown merge method {name!r}{nearest(name, METHODS, cutoff=CUTOFF)}")
     return name
 
 
@@ -143,11 +69,42 @@ def _no_settings_as_empty(value: object) -> object:
     return {} if value is None else value
 
 
+def _model_reference(value: object) -> object:
+    """A model's name as one string, also where it is written as mergekit's object."""
+    if not isinstance(value, Mapping):
+        return value
+    _refuse_unknown(value, _REFERENCE_KEYS)
+    if "model" not in value:
+        raise ValueError("model: is missing in the object that names a model")
+    reference = _path_reference(value["model"])
+    if value.get("lora") is not None:
+        reference += "+" + _path_reference(value["lora"])
+    return reference
+
+
+def _path_reference(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} should be a model's name or {{path, revision}}")
+    _refuse_unknown(value, _PATH_KEYS)
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not isinstance(revision, str | None) or not path:
+        raise ValueError(f"{dict(value)!r} should have a path and may have a revision")
+    return f"{path}@{revision}" if revision else path
+
+
+def _refuse_unknown(mapping: Mapping[object, object], known: Sequence[str]) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), known, cutoff=CUTOFF)}")
+
+
 Parameters = Annotated[
     dict[str, Setting], BeforeValidator(_no_settings_as_empty), AfterValidator(_check_settings)
 ]
 DtypeName = Annotated[str | None, AfterValidator(_check_dtype)]
-ModelName = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[str, Field(min_length=1), BeforeValidator(_model_reference)]
 LayerIndex = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -198,6 +155,58 @@ class Slice(_Strict):
         return self
 
 
+class Module(_Strict):
+    """One of a model's modules (its text decoder, its vision tower …): models or slices."""
+
+    models: Annotated[tuple[Model, ...], Field(min_length=1)] | None = None
+    slices: Annotated[tuple[Slice, ...], Field(min_length=1)] | None = None
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Module:
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("a module has either models or slices")
+        if self.models is not None:
+            _refuse_repeats("models", [model.model for model in self.models])
+        return self
+
+
+class ZeroToken(_Strict):
+    """Says that a token's embedding is zero."""
+
+    kind: Literal["zero"]
+
+
+class ModelToken(_Strict):
+    """Says that a token's embedding is that of another token, in a model of the recipe."""
+
+    kind: Literal["model_token"]
+    model: ModelName
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> ModelToken:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("model_token takes either token or token_id")
+        return self
+
+
+class TokenChoice(_Strict):
+    """Where the embedding of one token comes from; `force` replaces it in models that have it."""
+
+    source: ZeroToken | ModelToken | str | None = None
+    force: bool = False
+
+
+class TokenizerChoice(_Strict):
+    """The output's tokenizer: `source` is "union", "base" or a model; `tokens` are exceptions."""
+
+    source: ModelName = "union"
+    tokens: dict[str, TokenChoice] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1, strict=True)] | None = None
+
+
 class Recipe(_Strict):
     """A merge configuration in mergekit's format; unknown keys are refused."""
 
@@ -205,52 +214,106 @@ class Recipe(_Strict):
     base_model: ModelName | None = None
     models: Annotated[tuple[Model, ...], Field(min_length=1)] | None = None
     slices: Annotated[tuple[Slice, ...], Field(min_length=1)] | None = None
+    modules: Annotated[dict[str, Module], Field(min_length=1)] | None = None
     parameters: Parameters = {}
     dtype: DtypeName = None
     out_dtype: DtypeName = None
-    tokenizer_source: Annotated[str | None, AfterValidator(_check_tokenizer_source)] = None
+    tokenizer_source: ModelName | None = None
+    tokenizer: TokenizerChoice | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if (self.models is None) == (self.slices is None):
-            raise ValueError("a recipe has either models or slices")
+        if sum(part is not None for part in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("a recipe has either models or slices (or modules with them)")
         if self.models is not None:
             _refuse_repeats("models", [model.model for model in self.models])
-        if self.merge_method in METHODS_WITH_BASE:
-            self._check_base()
-        if self.merge_method == "passthrough":
-            self._check_single_sources()
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            raise ValueError("a recipe has either tokenizer_source or tokenizer")
+        for place, body in self.bodies():
+            self._check_inputs(place, body)
         return self
 
-    def _check_base(self) -> None:
-        if self.models is not None and self.base_model is None:
-            raise ValueError(f"{self.merge_method} needs a base_model")
-        for index, part in enumerate(self.slices or ()):
-            base = part.base_model or self.base_model
-            if base is None:
-                raise ValueError(f"{self.merge_method} needs a base_model")
-            if base not in [source.model for source in part.sources]:
-                raise ValueError(f"slices.{index}: base_model {base} must be one of the sources")
+    @property
+    def rules(self) -> MethodRules:
+        """What the recipe's method takes."""
+        return METHODS[self.merge_method]
 
-    def _check_single_sources(self) -> None:
-        counts = [len(part.sources) for part in self.slices or ()]
-        counts += [len(self.models)] if self.models is not None else []
-        if any(count != 1 for count in counts):
-            raise ValueError("passthrough takes exactly one source for each layer")
+    def bodies(self) -> Iterator[tuple[str, Body]]:
+        """What is merged, module by module, with its place in the file ("", "modules.default.")."""
+        if self.modules is None:
+            yield "", Body(self.models, self.slices, {})
+        for name, module in (self.modules or {}).items():
+            yield f"modules.{name}.", Body(module.models, module.slices, module.parameters)
+
+    def base_of(self, part: Slice | None) -> str | None:
+        """The model that others are measured against in a slice; None where the method has none."""
+        if self.rules.base == "none":
+            return None
+        return (part.base_model if part else None) or self.base_model
+
+    def _check_inputs(self, place: str, body: Body) -> None:
+        if body.models is not None:
+            names = [model.model for model in body.models]
+            self._check_one(f"{place}models", self.base_of(None), names, listed=False)
+        for index, part in enumerate(body.slices or ()):
+            names = [source.model for source in part.sources]
+            self._check_one(f"{place}slices.{index}", self.base_of(part), names, listed=True)
+
+    def _check_one(
+        self, place: str, base: str | None, names: Sequence[str], *, listed: bool
+    ) -> None:
+        """Raises ValueError unless the method takes these inputs, with or without this base."""
+        rules = self.rules
+        if rules.base == "required" and base is None:
+            raise ValueError(f"{self.merge_method} needs a base_model")
+        if listed and base is not None and base not in names:
+            raise ValueError(f"{place}: base_model {base} must be one of the sources")
+        others = len(names) - (base in names)
+        if not listed and rules.base == "none" and self.merge_method != "passthrough":
+            others += self.base_model is not None and self.base_model not in names
+        fewest, most = rules.inputs
+        if base is not None and (fewest, most) == (1, None):
+            fewest = 0  # the base alone is what comes out, as in mergekit
+        if not fewest <= others <= (others if most is None else most):
+            wanted = f"at least {fewest}" if most is None else f"exactly {fewest}"
+            beside = " beside the base" if base is not None else ""
+            kind = "source" if listed else "model"
+            each = " for each layer" if listed else ""
+            raise ValueError(
+                f"{place}: {self.merge_method} takes {wanted} {kind}{'s' * (fewest != 1)}"
+                f"{beside}{each}; here there are {others}"
+            )
 
     def model_names(self) -> tuple[str, ...]:
-        """Every model of the recipe once: the base first, then in the order of mention."""
+        """Every model that is merged, once: the base first, then in the order of mention."""
         names = [self.base_model] if self.base_model else []
-        names += [model.model for model in self.models or ()]
-        for part in self.slices or ():
-            names += [part.base_model] if part.base_model else []
-            names += [source.model for source in part.sources]
+        for _, body in self.bodies():
+            names += [model.model for model in body.models or ()]
+            for part in body.slices or ():
+                names += [part.base_model] if part.base_model else []
+                names += [source.model for source in part.sources]
         return tuple(dict.fromkeys(names))
+
+    def tokenizer_models(self) -> tuple[str, ...]:
+        """Every model that the tokenizer is made from by name, whether or not it is merged."""
+        named = [self.tokenizer_source, self.tokenizer.source if self.tokenizer else None]
+        for choice in (self.tokenizer.tokens if self.tokenizer else {}).values():
+            source = choice.source
+            named.append(source.model if isinstance(source, ModelToken) else None)
+            named.append(source if isinstance(source, str) else None)
+        return tuple(
+            dict.fromkeys(name for name in named if name is not None and name not in _NO_MODELS)
+        )
+
+    def references(self) -> tuple[str, ...]:
+        """Every model that has to be found: those that are merged, then the tokenizer's."""
+        return tuple(dict.fromkeys([*self.model_names(), *self.tokenizer_models()]))
 
     def with_models(self, names: Mapping[str, str]) -> Recipe:
         """The same recipe with models renamed; names that are no key stay as they are."""
         mapping = self.to_mapping()
-        _rename_models(mapping, names)
+        _rename_models(mapping, {word: word for word in _NO_MODELS} | {**names})
         return Recipe.model_validate(mapping)
 
     def to_mapping(self) -> dict[str, object]:
@@ -268,112 +331,170 @@ class Recipe(_Strict):
         )
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises ConfigError with every mistake of the file."""
+# Words in the place of a model's name that name none.
+_NO_MODELS = ("base", "union")
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is merged in one module: whole models or slices, and the module's own parameters."""
+
+    models: tuple[Model, ...] | None
+    slices: tuple[Slice, ...] | None
+    parameters: Settings
+
+
+def read_recipe(path: Path, *, lenient: bool = False, say: Say | None = None) -> Recipe:
+    """The recipe in a YAML file. Raises ConfigError with every mistake of the file.
+
+    `lenient` drops keys and parameters that nobody knows instead of refusing them. `say` is told,
+    in one line, what of the file is without effect.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a recipe: {error}") from error
-    return parse_recipe(text, str(path))
+    return parse_recipe(text, str(path), lenient=lenient, say=say)
 
 
-def parse_recipe(text: str, where: str) -> Recipe:
+def parse_recipe(text: str, where: str, *, lenient: bool = False, say: Say | None = None) -> Recipe:
     """The recipe in YAML `text`; `where` names it in messages."""
     try:
         mapping = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
-    return recipe_from_mapping(mapping, where)
+    return recipe_from_mapping(mapping, where, lenient=lenient, say=say)
 
 
-def recipe_from_mapping(mapping: object, where: str) -> Recipe:
+def recipe_from_mapping(
+    mapping: object, where: str, *, lenient: bool = False, say: Say | None = None
+) -> Recipe:
     """The recipe in plain dicts and lists; raises ConfigError with all its mistakes."""
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: a recipe is a mapping with merge_method and models or slices")
-    unsupported = [key for key in _MERGEKIT_ONLY_KEYS if key in mapping]
-    if unsupported:
-        raise ConfigError(f"{where}: {', '.join(unsupported)}: not supported yet; leave it out")
+    notes: list[str] = []
+    effective = _without_dead_keys(mapping, notes)
+    if lenient:
+        effective = _without_unknown(effective, Recipe, "", notes)
     try:
-        return Recipe.model_validate(mapping)
+        recipe = Recipe.model_validate(effective)
     except ValidationError as error:
         raise ConfigError(_describe_mistakes(error, where)) from error
+    mistakes: list[str] = []
+    for place, settings, is_source in _levels(recipe):
+        _judge(recipe.rules, place, settings, mistakes, notes, is_source=is_source)
+    if mistakes:
+        raise ConfigError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+    if notes and say is not None:
+        say(f"{where}: warning: without effect: {'; '.join(dict.fromkeys(notes))}")
+    return recipe
 
 
-def resolve(levels: Iterable[Settings], parameter: str, tensor: str, depth: float) -> object | None:
-    """What `parameter` is for one tensor, from the first of `levels` that says so; else None.
-
-    `tensor` is the name that filters are looked for in (plain substrings, first match wins);
-    `depth` in [0, 1] is the place within the slice where gradients are read.
-    """
-    for level in levels:
-        if parameter in level:
-            value = _select(level[parameter], tensor, depth)
-            if value is not None:
-                return value
-    return None
-
-
-def resolve_float(
-    levels: Iterable[Settings], parameter: str, tensor: str, depth: float
-) -> float | None:
-    """`resolve` as a number: numeric strings are read, true is 1."""
-    value = resolve(levels, parameter, tensor, depth)
-    return None if value is None else as_float(value)
+def _without_dead_keys(mapping: Mapping[str, object], notes: list[str]) -> dict[str, object]:
+    """A copy without the keys that mergekit takes and that change nothing there either."""
+    copy = dict(mapping)
+    for level, dead in _WITHOUT_EFFECT.items():
+        parts = copy.get(level)
+        if isinstance(parts, list):
+            copy[level] = [_without(part, dead, level, notes) for part in parts]
+    modules = copy.get("modules")
+    if isinstance(modules, Mapping):
+        copy["modules"] = {
+            name: _without_dead_keys(module, notes) if isinstance(module, Mapping) else module
+            for name, module in modules.items()
+        }
+    return copy
 
 
-def resolve_bool(
-    levels: Iterable[Settings], parameter: str, tensor: str, depth: float
-) -> bool | None:
-    """`resolve` as a flag: 1 and 1.0 are true. Raises ConfigError for 0.5 and the like."""
-    value = resolve(levels, parameter, tensor, depth)
-    if value is None or isinstance(value, bool):
-        return value
-    word = str(value).lower()
-    if word in _TRUE_WORDS | {"1.0"}:
-        return True
-    if word in _FALSE_WORDS | {"0.0"}:
-        return False
-    raise ConfigError(f"{parameter}: {value!r} is neither true nor false")
+def _without(part: object, dead: Sequence[str], level: str, notes: list[str]) -> object:
+    if not isinstance(part, Mapping):
+        return part
+    notes += [f"{key} under {level}" for key in dead if key in part]
+    return {key: value for key, value in part.items() if key not in dead}
 
 
-def as_float(value: object) -> float:
-    """A scalar of a recipe as a number."""
-    if isinstance(value, str):
-        word = value.lower()
-        if word in _TRUE_WORDS - {"1"}:
-            return 1.0
-        if word in _FALSE_WORDS - {"0"}:
-            return 0.0
-    assert isinstance(value, bool | int | float | str)
-    return float(value)
+# Which level of the file a key leads to.
+_NEXT_LEVEL: Mapping[str, type[BaseModel]] = {
+    "models": Model,
+    "slices": Slice,
+    "sources": Source,
+    "modules": Module,
+    "tokenizer": TokenizerChoice,
+}
 
 
-def _select(setting: Setting, tensor: str, depth: float) -> object | None:
-    # dict and list, not Mapping and Sequence: asking an abstract class costs half of a plan's time.
-    conditions = [setting] if isinstance(setting, dict) else setting
-    if not isinstance(conditions, list):
-        return conditions
-    if not conditions:
-        return None
-    if not isinstance(conditions[0], dict):
-        return _gradient(conditions, depth)
-    for condition in conditions:
-        wanted = condition.get("filter")
-        if wanted in (None, "*") or wanted in tensor:
-            return _select(condition["value"], tensor, depth)
-    return None
+def _without_unknown(
+    node: Mapping[str, object], level: type[BaseModel], place: str, notes: list[str]
+) -> dict[str, object]:
+    """A copy of what is known of `node`, a mapping on `level`, and of the levels below it."""
+    kept: dict[str, object] = {}
+    for key, value in node.items():
+        if key not in level.model_fields:
+            notes.append(f"unknown key {place}{key}")
+        elif key == "parameters" and isinstance(value, Mapping):
+            kept[key] = {name: item for name, item in value.items() if name in PARAMETER_NAMES}
+            unknown = [name for name in value if name not in PARAMETER_NAMES]
+            notes += [f"unknown parameter {place}{name}" for name in unknown]
+        elif key in _NEXT_LEVEL:
+            kept[key] = _each_without_unknown(value, _NEXT_LEVEL[key], f"{place}{key}.", notes)
+        else:
+            kept[key] = value
+    return kept
 
 
-def _gradient(anchors: Sequence[object], depth: float) -> object:
-    """The anchors as a piecewise linear function of `depth`; flags are not mixed but chosen."""
-    place = depth * (len(anchors) - 1)
-    index = math.floor(place)
-    if index >= len(anchors) - 1:
-        return anchors[-1]
-    if all(isinstance(anchor, bool) for anchor in anchors):
-        return anchors[index]
-    share = place - index
-    return (1 - share) * as_float(anchors[index]) + share * as_float(anchors[index + 1])
+def _each_without_unknown(
+    value: object, level: type[BaseModel], place: str, notes: list[str]
+) -> object:
+    if isinstance(value, list):
+        return [
+            _without_unknown(item, level, f"{place}{index}.", notes)
+            if isinstance(item, Mapping)
+            else item
+            for index, item in enumerate(value)
+        ]
+    if isinstance(value, Mapping) and level is Module:
+        return {
+            name: _without_unknown(item, level, f"{place}{name}.", notes)
+            if isinstance(item, Mapping)
+            else item
+            for name, item in value.items()
+        }
+    return _without_unknown(value, level, place, notes) if isinstance(value, Mapping) else value
+
+
+def _levels(recipe: Recipe) -> Iterator[tuple[str, Settings, bool]]:
+    """All parameters of a recipe with their place, and whether they belong to one input alone."""
+    yield "", recipe.parameters, False
+    for place, body in recipe.bodies():
+        if place:
+            yield place, body.parameters, False
+        for number, model in enumerate(body.models or ()):
+            yield f"{place}models.{number}.", model.parameters, True
+        for number, part in enumerate(body.slices or ()):
+            yield f"{place}slices.{number}.", part.parameters, False
+            for index, source in enumerate(part.sources):
+                yield f"{place}slices.{number}.sources.{index}.", source.parameters, True
+
+
+def _judge(
+    rules: MethodRules,
+    place: str,
+    settings: Settings,
+    mistakes: list[str],
+    notes: list[str],
+    *,
+    is_source: bool,
+) -> None:
+    """Adds what is wrong with the numbers of one level, and what of it nobody reads."""
+    for name, setting in settings.items():
+        parameter = rules.parameter(name)
+        if parameter is None:
+            if name not in rules.ignored:
+                notes.append(f"{name} ({rules.name} does not read it)")
+        elif is_source and not parameter.own:
+            notes.append(f"{name} of one model ({rules.name} reads it for all models together)")
+        else:
+            mistakes += [f"{place}parameters.{wrong}" for wrong in misfits(parameter, setting)]
 
 
 def _refuse_repeats(key: str, names: Sequence[str]) -> None:
@@ -406,13 +527,20 @@ def _rename_models(node: object, names: Mapping[str, str]) -> None:
     """Renames in place, within what `to_mapping` has just made."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key in ("model", "base_model"):
+            if key in _MODEL_KEYS and isinstance(value, str):
                 node[key] = names.get(value, value)
+            elif key == "tokens":  # its keys are tokens, whatever they are called
+                for choice in value.values():
+                    _rename_models(choice, names)
             elif key != "parameters":
                 _rename_models(value, names)
     elif isinstance(node, list):
         for item in node:
             _rename_models(item, names)
+
+
+# Under which keys a model's name stands; `source` is a tokenizer's or a token's.
+_MODEL_KEYS = ("model", "base_model", "tokenizer_source", "source")
 
 
 class _FlowList(list[object]):
@@ -465,7 +593,7 @@ def _describe(mistake: ErrorDetails) -> str:
     place = ".".join(str(part) for part in location) + ": " if location else ""
     if mistake["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
-        return f"{place}unknown key{nearest(str(location[-1]), known, cutoff=_CUTOFF)}"
+        return f"{place}unknown key{nearest(str(location[-1]), known, cutoff=CUTOFF)}"
     if mistake["type"] == "missing":
         return f"{place}is missing"
     message = mistake["msg"].removeprefix("Value error, ")
@@ -476,6 +604,5 @@ def _describe(mistake: ErrorDetails) -> str:
 
 def _keys_at(location: Sequence[object]) -> list[str]:
     """The keys of the level at `location`, such as ("slices", 3, "sources", 0)."""
-    levels: dict[object, type[BaseModel]] = {"slices": Slice, "sources": Source, "models": Model}
-    found = [levels[part] for part in location if part in levels]
+    found = [_NEXT_LEVEL[str(part)] for part in location if str(part) in _NEXT_LEVEL]
     return list((found[-1] if found else Recipe).model_fields)

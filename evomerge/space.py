@@ -17,7 +17,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import ConfigError
-from evomerge.recipe import Recipe, Settings, Slice, Source
+from evomerge.recipe import Recipe, Slice, Source
+from evomerge.settings import Settings
 
 # Shape letters: S = slices, M = models, F = filters and the rest; a genome has S·M·F genes.
 Genome: TypeAlias = npt.NDArray[np.float64]

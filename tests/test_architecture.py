@@ -19,9 +19,10 @@ ROOMS: dict[str, set[str]] = {
     "merge_rules": set(),
     "resources": {"errors"},
     "database": {"errors"},
-    "recipe": {"errors", "merge_rules", "strict_yaml"},
-    "space": {"errors", "merge_rules", "recipe"},
-    "merge": {"errors", "merge_rules", "recipe"},
+    "settings": {"errors", "merge_rules"},
+    "recipe": {"errors", "merge_rules", "settings", "strict_yaml"},
+    "space": {"errors", "merge_rules", "recipe", "settings"},
+    "merge": {"errors", "merge_rules", "recipe", "settings"},
     "engine": {"errors", "recipe", "merge"},
     "evaluate": {"errors", "strict_yaml", "resources", "database", "engine.base"},
     "search": {
@@ -142,5 +143,8 @@ def project_texts() -> Iterator[Path]:
     folders = ("evomerge", "scripts", "tests", "docs", "search_spaces", "evaluators", "storage")
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     for path in [*inside, *ROOT.glob("*"), ROOT / ".ci" / "run"]:
+        # A second work tree of the repository has a file .git with its place on this machine.
+        if path.name == ".git":
+            continue
         if path.is_file() and path.suffix in TEXT_SUFFIXES and path != Path(__file__):
             yield path

@@ -16,10 +16,8 @@ from evomerge.recipe import (
     parse_recipe,
     read_recipe,
     recipe_from_mapping,
-    resolve,
-    resolve_bool,
-    resolve_float,
 )
+from evomerge.settings import resolve, resolve_bool, resolve_float
 
 SHARED = Path(os.environ.get("EVOMERGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = SHARED / "published" / "llm-jp-3-13b_task_arithmetic.yaml"
@@ -206,13 +204,13 @@ def test_a_flag_that_is_neither_is_refused() -> None:
         ({"parameters": {"weight": {"filter": 3, "value": 1}}}, "filter 3 should be a string"),
         ({"parameters": {"weight": {"value": [[1]]}}}, "[1] is not a number"),
         ({"dtype": "bf16"}, "dtype: 'bf16' is no dtype of a merge; one of bfloat16,"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: 'union' is not supported yet"),
-        ({"modules": {}}, "modules: not supported yet"),
+        ({"tokenizer_source": "base", "tokenizer": {}}, "either tokenizer_source or tokenizer"),
+        ({"slices": None, "modules": {}}, "modules: Dictionary should have at least 1 item"),
         ({"models": [{"model": "a"}]}, "either models or slices"),
         ({"slices": []}, "slices: Tuple should have at least 1 item"),
         ({"base_model": None}, "task_arithmetic needs a base_model"),
         ({"base_model": "other"}, "slices.0: base_model other must be one of the sources"),
-        ({"merge_method": "passthrough"}, "passthrough takes exactly one source"),
+        ({"merge_method": "passthrough"}, "passthrough takes exactly 1 source"),
     ],
 )
 def test_a_mistake_is_named_with_what_would_be_right(changes: dict[str, object], said: str) -> None:
@@ -258,10 +256,10 @@ def test_a_list_with_a_wrong_item_is_not_called_too_short(
 
 
 def test_all_mistakes_of_a_file_are_told_at_once() -> None:
-    lines = message(one_slice(dtype="int8", tokenizer_source="x", frobnicate=1)).splitlines()
+    lines = message(one_slice(dtype="int8", chat_template="", frobnicate=1)).splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "dtype",
-        "tokenizer_source",
+        "chat_template",
         "frobnicate",
     ]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import PlanningEngine, remove_candidate, write_candidate
+from evomerge.engine.residency import Statistics
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
-from evomerge.merge.kernels import compile_pays, merge_into
+from evomerge.merge.kernels import compile_pays, merge_entry
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe
@@ -39,6 +40,7 @@ class TransformersEngine(PlanningEngine):
         self.model = self._open(config.model)
         elements = sum(parameter.numel() for parameter in self.model.parameters())
         self._compiled = compile_pays(elements, self.device)
+        self._statistics = Statistics()
         self._version = "default"
         self._is_from_disk = False
 
@@ -90,7 +92,8 @@ class TransformersEngine(PlanningEngine):
                 for source in entry.inputs
             ]
             out = parameters[entry.name].data
-            merge_into(out, entry.method, inputs, entry.weights, compiled=self._compiled)
+            recall = self._statistics.of(entry.inputs)
+            merge_entry(out, entry, inputs, recall=recall, compiled=self._compiled)
             if has_overflow(out):
                 raise CandidateError(f"{entry.name} has NaN or infinite values")
 

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from evomerge.engine.residency import Residency, View, memory_budget
+from evomerge.engine.residency import Residency, Statistics, View, memory_budget
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     clear_key_value_cache,
@@ -27,8 +27,8 @@ from evomerge.engine.vllm_private import (
 )
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.kernels import compile_pays, merge_into
-from evomerge.merge.methods import has_overflow
+from evomerge.merge.kernels import compile_pays, fill_pieces, merge_into, prepare
+from evomerge.merge.methods import Blend, has_overflow
 from evomerge.merge.plan import MergePlan, PlanEntry, make_plan
 from evomerge.recipe import recipe_from_mapping
 
@@ -86,6 +86,7 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         self.sources = Residency.open(
             [served, *declared], device, device_bytes=on_device, pinned_bytes=pinned
         )
+        self.statistics = Statistics()
         unpacked = unpack_cpu_layers(model)
         self.destinations = trace_loading(model, self.sources.checkpoint(served))
         check_filled(unpacked, self.destinations)
@@ -145,30 +146,51 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
 
     def _fill(self, place: Destination, entry: PlanEntry) -> bool:
         """Computes one part into its place; whether all of it is finite."""
+        ready = prepare(entry, self._whole(entry), self.statistics.of(entry.inputs))
+        if isinstance(ready, Blend):
+            return self._blend(place, entry, ready)
+        whole = View.whole(entry.shape)
+        direct = place.part == whole and place.into.is_contiguous()
+        if direct and place.into.dtype == entry.dtype:
+            fill_pieces(place.into, ready)
+        else:
+            out = torch.empty(entry.shape, dtype=entry.dtype, device=self.sources.device)
+            fill_pieces(out, ready)
+            place.into.copy_(place.part.of(out))
+        return not has_overflow(place.into)
+
+    def _whole(self, entry: PlanEntry) -> list[Tensor]:
+        """The source tensors of an entry whose method looks at them: whole, on every rank."""
+        if entry.numbers is None:
+            return []
+        view = View.whole(entry.shape)
+        return [self.sources.part(source.model, source.name, view) for source in entry.inputs]
+
+    def _blend(self, place: Destination, entry: PlanEntry, blend: Blend) -> bool:
         keys = [(source.model, source.name, place.part) for source in entry.inputs]
         inputs = [self.sources.part(*key) for key in keys]
         rounded = place.into.dtype == entry.dtype
         out = place.into if rounded else torch.empty_like(place.into, dtype=entry.dtype)
-        merge_into(out, entry.method, inputs, entry.weights, compiled=self.compiled)
+        merge_into(out, blend.kernel, inputs, blend.weights, compiled=self.compiled)
         if not rounded:
             place.into.copy_(out)
         # A bound on the result from the inputs' magnitudes, known since the first candidate, spares
         # reading the result again.
-        bound = largest_possible(entry, [self.sources.largest(*key) for key in keys])
+        bound = largest_possible(blend, [self.sources.largest(*key) for key in keys])
         return bound < torch.finfo(entry.dtype).max or not has_overflow(out)
 
     def shutdown(self) -> None:
         """Nothing is held that the process does not give back."""
 
 
-def largest_possible(entry: PlanEntry, largest: list[float]) -> float:
+def largest_possible(blend: Blend, largest: list[float]) -> float:
     """An upper bound on the magnitude of the merged values, given those of the inputs."""
-    if entry.method == "task_arithmetic":
+    if blend.kernel == "task_arithmetic":
         base, tuned = largest[0], largest[1:]
-        moved = [abs(w) * (x + base) for w, x in zip(entry.weights, tuned, strict=True)]
+        moved = [abs(w) * (x + base) for w, x in zip(blend.weights, tuned, strict=True)]
         return 1.01 * (base + math.fsum(moved))
-    if entry.method == "linear":
-        return 1.01 * math.fsum(abs(w) * x for w, x in zip(entry.weights, largest, strict=True))
+    if blend.kernel == "linear":
+        return 1.01 * math.fsum(abs(w) * x for w, x in zip(blend.weights, largest, strict=True))
     return max(largest)
 
 

@@ -15,11 +15,24 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from evomerge.merge.methods import KERNELS, Kernel, weight_words, working_dtype
+from evomerge.errors import CandidateError
+from evomerge.merge.methods import (
+    KERNELS,
+    METHODS,
+    Blend,
+    Kernel,
+    Pieces,
+    Recall,
+    recall_nothing,
+    weight_words,
+    working_dtype,
+)
+from evomerge.merge.plan import PlanEntry
 
 # The float32 temporaries of a chunk fit into a core's second-level cache, and torch does not split
 # so few elements over threads: on busy cores those wait for each other (0.1 s against up to 9 s).
@@ -78,6 +91,52 @@ def merge_into(
             _compiled(method, len(inputs))(out, inputs, words)
         else:
             _in_chunks(KERNELS[method], out, inputs, words)
+
+
+def merge_entry(
+    out: Tensor,
+    entry: PlanEntry,
+    inputs: Sequence[Tensor],
+    *,
+    recall: Recall = recall_nothing,
+    compiled: bool = False,
+) -> None:
+    """Fills `out`, of the entry's shape and dtype, with the tensor that the entry plans.
+
+    `inputs` are the entry's source tensors, whole and in its order. Raises CandidateError where its
+    numbers give no tensor.
+    """
+    ready = prepare(entry, inputs, recall)
+    if isinstance(ready, Blend):
+        merge_into(out, ready.kernel, inputs, ready.weights, compiled=compiled)
+    else:
+        fill_pieces(out, ready)
+
+
+def prepare(entry: PlanEntry, inputs: Sequence[Tensor], recall: Recall) -> Blend | Pieces:
+    """What is left to do element by element once the statistics of whole tensors are known.
+
+    Raises CandidateError where the entry's numbers give no tensor.
+    """
+    if entry.numbers is None:
+        return Blend(cast(Any, entry.method), entry.weights)
+    base, others = (inputs[0], inputs[1:]) if entry.has_base else (None, inputs)
+    try:
+        with torch.no_grad():
+            return METHODS[entry.method](base, others, recall=recall, **entry.numbers)
+    except ValueError as error:
+        raise CandidateError(f"{entry.name}: {error}") from error
+
+
+def fill_pieces(out: Tensor, pieces: Pieces) -> None:
+    """Fills the contiguous `out` piece by piece, so that temporaries stay in the cache."""
+    limit = CHUNK_ELEMENTS_CPU if out.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    size = pieces.step * max(1, limit // pieces.step)
+    flat = out.view(-1)
+    with torch.no_grad():
+        for start in range(0, flat.numel(), size):
+            stop = min(start + size, flat.numel())
+            pieces.fill(flat[start:stop], start, stop)
 
 
 def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -24,7 +24,7 @@ from evomerge.merge.checkpoint import (
     total_bytes,
     write_sharded,
 )
-from evomerge.merge.kernels import merge_into
+from evomerge.merge.kernels import merge_entry
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
 from evomerge.recipe import Recipe
@@ -41,18 +41,20 @@ def materialize(
     extra_files: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Writes the model of `recipe` to `directory`, which appears only when it is whole.
 
-    `extra_files` are texts by file name (README.md, …). The weights stream: memory needed is a few
-    tensors. Raises ConfigError before any work where recipe, models, disk or directory do not
-    allow it; CandidateError where an output number is NaN or infinite.
+    `seed` is that of random methods. `extra_files` are texts by file name (README.md, …). The
+    weights stream: memory needed is a few tensors. Raises ConfigError before any work where recipe,
+    models, disk or directory do not allow it; CandidateError where an output number is NaN or
+    infinite.
     """
     directory = directory.absolute()
     refuse_existing(directory, overwrite=overwrite)
     if checkpoints is None:
         checkpoints = open_checkpoints(recipe)
-    plan = make_plan(recipe, checkpoints)
+    plan = make_plan(recipe, checkpoints, seed=seed)
     donor = checkpoints[plan.donor].directory
     _refuse_inputs_as_output(directory, checkpoints)
     require_tokenizer(donor)
@@ -79,7 +81,7 @@ def merged_tensors(
     for entry in plan.entries:
         inputs = [checkpoints[tensor.model].read(tensor.name) for tensor in entry.inputs]
         out = torch.empty(entry.shape, dtype=entry.dtype)
-        merge_into(out, entry.method, inputs, entry.weights)
+        merge_entry(out, entry, inputs)
         if has_overflow(out):
             raise CandidateError(f"{entry.name}: has NaN or infinite numbers after the merge")
         yield entry.name, out

@@ -1,4 +1,4 @@
-"""A recipe resolved against checkpoints: for each output tensor its sources, method and weights.
+"""A recipe resolved against checkpoints: for each output tensor its sources, method and numbers.
 
 The plan is made from headers alone, once per candidate on the driver's and on every worker's side;
 equal plans have equal digests. The same plan fills a live engine and a directory.
@@ -8,33 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.architecture import HEAD, Architecture
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
-from evomerge.recipe import (
-    METHODS_WITH_BASE,
-    Recipe,
-    Settings,
-    Slice,
-    Source,
-    resolve_bool,
-    resolve_float,
-)
+from evomerge.merge.methods import METHODS, Blend, recall_nothing
+from evomerge.merge_rules import MethodRules, Parameter
+from evomerge.recipe import Body, Recipe, Slice, Source
+from evomerge.settings import Settings, as_flag, as_float, resolve
 
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
-# As mergekit: a smaller sum of weights is no divisor. For linear there is then no model.
-_SMALLEST_SUM = 1e-8
 # Equal shapes do not show these, and a mix of models that differ here computes nonsense.
 _SHARED_CONFIG_KEYS = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+Number: TypeAlias = float | int | bool | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,13 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One output tensor: `method` of `merge.methods` over `inputs`, rounded once to `dtype`.
+    """One output tensor: what `merge.methods` makes of `inputs`, rounded once to `dtype`.
 
-    For task_arithmetic inputs[0] is the base, and weights[i] belongs to inputs[i + 1]; for linear
-    weights[i] belongs to inputs[i]; for passthrough there is one input and no weight.
+    Where the numbers of the tensors have no say, `numbers` is None and `method` an element-wise
+    kernel with its `weights`: for task_arithmetic inputs[0] is the base, and weights[i] belongs to
+    inputs[i + 1]; for linear weights[i] belongs to inputs[i]; for passthrough there is one input
+    and no weight. Else `method` is a merge method and `numbers` its arguments by name; with
+    `has_base` inputs[0] is the base, and tuples among them have a number for each other input.
     """
 
     name: str
@@ -59,6 +57,8 @@ class PlanEntry:
     method: str
     inputs: tuple[SourceTensor, ...]
     weights: tuple[float, ...]
+    has_base: bool = False
+    numbers: Mapping[str, Number | tuple[Number, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,20 @@ def open_checkpoints(recipe: Recipe) -> dict[str, Checkpoint]:
     return {name: Checkpoint.open(Path(name)) for name in recipe.model_names()}
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePlan:
+def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: int = 0) -> MergePlan:
     """What `recipe` makes of `checkpoints`, from their headers alone.
 
-    Raises ConfigError where recipe and checkpoints do not fit together, CandidateError where only
-    the weights are at fault (not finite, or a sum near 0 that is to be normalised).
+    `seed` decides what random methods draw, together with the output tensor's name. Raises
+    ConfigError where recipe and checkpoints do not fit together, CandidateError where only the
+    weights are at fault (not finite, or a sum near 0 that is to be normalised).
     """
+    if recipe.tokenizer or recipe.chat_template or recipe.tokenizer_source not in (None, "base"):
+        raise ConfigError("tokenizer and chat_template are not supported yet; leave them out")
     architectures = {name: _architecture(name, checkpoints) for name in recipe.model_names()}
     _refuse_mixed_models(architectures, checkpoints)
     parts = _parts(recipe, architectures)
     groups = [group for part in parts for group in part.groups()]
-    entries = tuple(_entry(group, recipe) for group in groups)
+    entries = tuple(_entry(group, recipe, seed) for group in groups)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
     donor = recipe.model_names()[0]
     config = _output_config(checkpoints[donor].config, parts, dtype, checkpoints)
@@ -202,18 +205,19 @@ class _Part:
 
 
 def _parts(recipe: Recipe, architectures: Mapping[str, Architecture]) -> list[_Part]:
-    slices = recipe.slices or (_models_as_slice(recipe, architectures),)
+    place, body = _only_body(recipe)
+    slices = body.slices or (_models_as_slice(recipe, body, architectures),)
     parts: list[_Part] = []
     first_output_layer = 0
     for index, part in enumerate(slices):
-        where = f"slices.{index}" if recipe.slices else "models"
+        where = f"{place}slices.{index}" if body.slices else f"{place}models"
         _check_layer_ranges(part, architectures, where)
         parts.append(
             _Part(
                 sources=part.sources,
                 architectures=tuple(architectures[source.model] for source in part.sources),
-                base=_base(recipe, part),
-                levels=(part.parameters, recipe.parameters),
+                base=recipe.base_of(part),
+                levels=(part.parameters, body.parameters, recipe.parameters),
                 where=where,
                 first_output_layer=first_output_layer,
                 is_first=index == 0,
@@ -224,21 +228,28 @@ def _parts(recipe: Recipe, architectures: Mapping[str, Architecture]) -> list[_P
     return parts
 
 
-def _base(recipe: Recipe, part: Slice) -> str | None:
-    if recipe.merge_method not in METHODS_WITH_BASE:
-        return None
-    return part.base_model or recipe.base_model
+def _only_body(recipe: Recipe) -> tuple[str, Body]:
+    """The one module of a recipe; mergekit calls that of a plain language model `default`."""
+    (first, body), *others = recipe.bodies()
+    if others or first not in ("", "modules.default."):
+        raise ConfigError(
+            f"modules: {', '.join(recipe.modules or ())}: these models have one module, which is "
+            "called default"
+        )
+    return first, body
 
 
-def _models_as_slice(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Slice:
+def _models_as_slice(
+    recipe: Recipe, body: Body, architectures: Mapping[str, Architecture]
+) -> Slice:
     """Whole models as one slice; as in mergekit a base that is not listed comes last."""
-    assert recipe.models is not None
+    assert body.models is not None
     counts = {name: architectures[name].num_layers for name in recipe.model_names()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} in {name}" for name, count in counts.items())
         raise ConfigError(f"models: the numbers of layers differ: {listed}; use slices")
     layers = (0, next(iter(counts.values())))
-    settings = {model.model: model.parameters for model in recipe.models}
+    settings = {model.model: model.parameters for model in body.models}
     if recipe.base_model and recipe.merge_method != "passthrough":
         settings.setdefault(recipe.base_model, {})
     return Slice(
@@ -296,70 +307,102 @@ def _head(architecture: Architecture) -> dict[str, TensorHeader]:
     return {name: header for name, header in architecture.after.items() if name == HEAD}
 
 
-def _entry(group: _Group, recipe: Recipe) -> PlanEntry:
-    method, inputs, weights = _METHODS[recipe.merge_method](group)
-    for weight in weights:
-        if not abs(weight) <= _LARGEST_FLOAT32:
-            raise CandidateError(f"{group.name}: weight {weight} is not a finite float32 number")
-    header = group.inputs[0][1]
-    return PlanEntry(group.name, header.shape, _dtype(group, recipe), method, inputs, weights)
+def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
+    rules = recipe.rules
+    base = [tensor for tensor, _, _ in group.inputs if tensor.model == group.part.base]
+    others = [entry for entry in group.inputs if entry[0].model != group.part.base]
+    inputs = (*base, *(tensor for tensor, _, _ in others))
+    shape, dtype = group.inputs[0][1].shape, _dtype(group, recipe)
+    if not others:  # nothing to compare the base with
+        return PlanEntry(group.name, shape, dtype, "passthrough", inputs, ())
+    numbers = _numbers(group, rules, others)
+    if rules.whole:
+        for name, value in numbers.items():
+            for number in value if isinstance(value, tuple) else [value]:
+                _require_float32(group, name, number or 0.0)
+        if rules.random:
+            numbers["seed"] = _tensor_seed(seed, group.name)
+        return PlanEntry(
+            group.name, shape, dtype, recipe.merge_method, inputs, (), bool(base), numbers
+        )
+    blend = _blend(group, recipe.merge_method, numbers)
+    return PlanEntry(group.name, shape, dtype, blend.kernel, inputs, blend.weights)
 
 
-def _task_arithmetic(
+def _blend(group: _Group, method: str, numbers: Mapping[str, Number | tuple[Number, ...]]) -> Blend:
+    """What is left of a method that does not look at the tensors."""
+    try:
+        blend = METHODS[method](None, (), recall=recall_nothing, **numbers)
+    except ValueError as error:
+        raise CandidateError(f"{group.name}: {error}") from error
+    assert isinstance(blend, Blend)
+    for weight in blend.weights:
+        _require_float32(group, "weight", weight)
+    return blend
+
+
+def _numbers(
     group: _Group,
-) -> tuple[str, tuple[SourceTensor, ...], tuple[float, ...]]:
-    """Inputs with the base first; lambda and normalize are folded into the weights (float64)."""
-    base = next(tensor for tensor, _, _ in group.inputs if tensor.model == group.part.base)
-    tuned = [entry for entry in group.inputs if entry[0].model != group.part.base]
-    if not tuned:
-        return "passthrough", (base,), ()
-    weights = [_own_weight(group, tensor, own) for tensor, _, own in tuned]
-    total = math.fsum(weights) if _flag(group, "normalize", default=False) else 1.0
-    factor = resolve_float(group.part.levels, "lambda", group.name, group.depth)
-    scale = (1.0 if factor is None else factor) / (total if abs(total) >= _SMALLEST_SUM else 1.0)
-    if scale != 1.0:
-        weights = [weight * scale for weight in weights]
-    return "task_arithmetic", (base, *(tensor for tensor, _, _ in tuned)), tuple(weights)
+    rules: MethodRules,
+    inputs: Sequence[tuple[SourceTensor, TensorHeader, Settings]],
+) -> dict[str, Number | tuple[Number, ...]]:
+    """The arguments of the method for this tensor, by the names that its function has."""
+    numbers: dict[str, Number | tuple[Number, ...]] = {}
+    for parameter in rules.parameters:
+        keyword = "lambda_" if parameter.name == "lambda" else parameter.name
+        if parameter.own:
+            numbers[keyword] = tuple(
+                _own_number(group, parameter, tensor, own) for tensor, _, own in inputs
+            )
+        else:
+            numbers[keyword] = _shared_number(group, rules, parameter)
+    return numbers
 
 
-def _linear(group: _Group) -> tuple[str, tuple[SourceTensor, ...], tuple[float, ...]]:
-    """Inputs in the order of listing; normalized weights are divided by their sum (float64)."""
-    weights = [_own_weight(group, tensor, own) for tensor, _, own in group.inputs]
-    if _flag(group, "normalize", default=True):
-        total = math.fsum(weights)
-        if not abs(total) >= _SMALLEST_SUM:
-            raise CandidateError(f"{group.name}: weights that sum to {total} cannot be normalised")
-        weights = [weight / total for weight in weights]
-    return "linear", tuple(tensor for tensor, _, _ in group.inputs), tuple(weights)
+def _own_number(group: _Group, parameter: Parameter, tensor: SourceTensor, own: Settings) -> Number:
+    """The number of one source; filters look into the name that the tensor has there."""
+    levels = (own, *group.part.levels)
+    value = resolve(levels, parameter.name, tensor.name, group.depth)
+    if value is None and parameter.required:
+        raise ConfigError(
+            f"{group.part.where}: {tensor.model} has no {parameter.name} for {tensor.name}"
+        )
+    return parameter.default if value is None else _converted(group, parameter, value)
 
 
-def _passthrough(group: _Group) -> tuple[str, tuple[SourceTensor, ...], tuple[float, ...]]:
-    """The one input; mergekit's `scale`, where given, makes it a linear merge of one."""
-    ((tensor, _, own),) = group.inputs
-    scale = resolve_float((own, *group.part.levels), "scale", tensor.name, group.depth)
-    if scale is None or scale == 1.0:
-        return "passthrough", (tensor,), ()
-    return "linear", (tensor,), (scale,)
+def _shared_number(group: _Group, rules: MethodRules, parameter: Parameter) -> Number:
+    """The number for all sources together; filters look into the name of the output."""
+    value = resolve(group.part.levels, parameter.name, group.name, group.depth)
+    if value is None and parameter.required:
+        raise ConfigError(
+            f"{group.part.where}: {rules.name} needs {parameter.name}, and there is none for "
+            f"{group.name}"
+        )
+    return parameter.default if value is None else _converted(group, parameter, value)
 
 
-_METHODS = {
-    "task_arithmetic": _task_arithmetic,
-    "linear": _linear,
-    "passthrough": _passthrough,
-}
+def _converted(group: _Group, parameter: Parameter, value: object) -> Number:
+    if parameter.kind is bool:
+        return as_flag(parameter.name, value)
+    number = as_float(value)
+    if parameter.kind is not int:
+        return number
+    if not number.is_integer():
+        raise ConfigError(
+            f"{group.part.where}: {parameter.name}: {number} for {group.name} should be a whole "
+            "number"
+        )
+    return int(number)
 
 
-def _own_weight(group: _Group, tensor: SourceTensor, own: Settings) -> float:
-    """The weight of one source; filters look into the name that the tensor has there."""
-    weight = resolve_float((own, *group.part.levels), "weight", tensor.name, group.depth)
-    if weight is None:
-        raise ConfigError(f"{group.part.where}: {tensor.model} has no weight for {tensor.name}")
-    return weight
+def _require_float32(group: _Group, what: str, number: float) -> None:
+    if not abs(number) <= _LARGEST_FLOAT32:
+        raise CandidateError(f"{group.name}: {what} {number} is not a finite float32 number")
 
 
-def _flag(group: _Group, parameter: str, *, default: bool) -> bool:
-    flag = resolve_bool(group.part.levels, parameter, group.name, group.depth)
-    return default if flag is None else flag
+def _tensor_seed(seed: int, name: str) -> int:
+    """What a random method draws from for one output tensor, whichever worker makes it when."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
 
 
 def _dtype(group: _Group, recipe: Recipe) -> torch.dtype:
@@ -397,7 +440,10 @@ _NOT_THE_OUTPUTS = ("torch_dtype", "_name_or_path")
 
 def _digest(entries: Sequence[PlanEntry], config: Mapping[str, Any]) -> str:
     plain = [
-        [e.name, e.shape, str(e.dtype), e.method, [[t.model, t.name] for t in e.inputs], e.weights]
+        [
+            *(e.name, e.shape, str(e.dtype), e.method, [[t.model, t.name] for t in e.inputs]),
+            *(e.weights, e.has_base, e.numbers),
+        ]
         for e in entries
     ]
     return hashlib.sha256(json.dumps([plain, config], sort_keys=True).encode()).hexdigest()

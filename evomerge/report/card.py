@@ -9,12 +9,6 @@ import yaml
 
 from evomerge.recipe import Recipe
 
-_METHODS = {
-    "linear": ("Linear", "https://arxiv.org/abs/2203.05482"),
-    "passthrough": ("Passthrough", None),
-    "task_arithmetic": ("Task Arithmetic", "https://arxiv.org/abs/2212.04089"),
-}
-
 
 @dataclass(frozen=True)
 class CardModel:
@@ -64,8 +58,8 @@ def _front_matter(models: Iterable[CardModel]) -> str:
 
 
 def _method(recipe: Recipe, known: Mapping[str, CardModel]) -> str:
-    title, paper = _METHODS[recipe.merge_method]
-    method = f"[{title}]({paper})" if paper else title
+    rules = recipe.rules
+    method = f"[{rules.title}]({rules.paper})" if rules.paper else rules.title
     base = f", with {known[recipe.base_model].linked()} as base" if recipe.base_model else ""
     return f"Merged with the {method} method{base}."
 

@@ -18,12 +18,13 @@ def merge_recipe(
     verbatim: str,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Writes the model of a recipe whose models are references of any kind; `verbatim` is its file.
 
     Raises ConfigError before any work where recipe, models or `out` do not allow it.
     """
-    folders = {name: str(inputs.resolve(name)) for name in recipe.model_names()}
+    folders = {name: str(inputs.resolve(name)) for name in recipe.references()}
     known = {folder: CardModel(name, inputs.hub_ids(name)) for name, folder in folders.items()}
     resolved = recipe.with_models(folders)
     texts = {"README.md": model_card(out.name, resolved, known), RECIPE_FILE: verbatim}
@@ -33,4 +34,5 @@ def merge_recipe(
         extra_files=texts,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        seed=seed,
     )
