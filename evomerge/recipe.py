@@ -297,14 +297,13 @@ class Recipe(_Strict):
 
     def tokenizer_models(self) -> tuple[str, ...]:
         """Every model that the tokenizer is made from by name, whether or not it is merged."""
-        named = [self.tokenizer_source, self.tokenizer.source if self.tokenizer else None]
+        whole = [self.tokenizer_source, self.tokenizer.source if self.tokenizer else None]
+        named = [name for name in whole if name not in _NO_MODELS]
         for choice in (self.tokenizer.tokens if self.tokenizer else {}).values():
             source = choice.source
             named.append(source.model if isinstance(source, ModelToken) else None)
             named.append(source if isinstance(source, str) else None)
-        return tuple(
-            dict.fromkeys(name for name in named if name is not None and name not in _NO_MODELS)
-        )
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def references(self) -> tuple[str, ...]:
         """Every model that has to be found: those that are merged, then the tokenizer's."""
@@ -313,7 +312,7 @@ class Recipe(_Strict):
     def with_models(self, names: Mapping[str, str]) -> Recipe:
         """The same recipe with models renamed; names that are no key stay as they are."""
         mapping = self.to_mapping()
-        _rename_models(mapping, {word: word for word in _NO_MODELS} | {**names})
+        _rename_models(mapping, names)
         return Recipe.model_validate(mapping)
 
     def to_mapping(self) -> dict[str, object]:
@@ -529,9 +528,11 @@ def _rename_models(node: object, names: Mapping[str, str]) -> None:
         for key, value in node.items():
             if key in _MODEL_KEYS and isinstance(value, str):
                 node[key] = names.get(value, value)
+            elif key in _TOKENIZER_KEYS and isinstance(value, str):
+                node[key] = value if value in _NO_MODELS else names.get(value, value)
             elif key == "tokens":  # its keys are tokens, whatever they are called
                 for choice in value.values():
-                    _rename_models(choice, names)
+                    _rename_token_source(choice, names)
             elif key != "parameters":
                 _rename_models(value, names)
     elif isinstance(node, list):
@@ -539,8 +540,17 @@ def _rename_models(node: object, names: Mapping[str, str]) -> None:
             _rename_models(item, names)
 
 
-# Under which keys a model's name stands; `source` is a tokenizer's or a token's.
-_MODEL_KEYS = ("model", "base_model", "tokenizer_source", "source")
+def _rename_token_source(choice: dict[str, object], names: Mapping[str, str]) -> None:
+    source = choice.get("source")
+    if isinstance(source, str):
+        choice["source"] = names.get(source, source)
+    else:
+        _rename_models(source, names)
+
+
+# Under which keys a model's name stands; under the tokenizer's it may be a word instead.
+_MODEL_KEYS = ("model", "base_model")
+_TOKENIZER_KEYS = ("tokenizer_source", "source")
 
 
 class _FlowList(list[object]):

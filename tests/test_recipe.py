@@ -279,3 +279,201 @@ def test_a_recipe_cannot_be_edited() -> None:
     recipe = Recipe.model_validate(one_slice())
     with pytest.raises(ValueError, match="frozen"):
         recipe.dtype = "float32"  # type: ignore[misc]
+
+
+CARDS = {
+    "slerp": """
+        slices:
+          - sources:
+              - model: mlabonne/NeuralMarcoro14-7B
+                layer_range: [0, 32]
+              - model: mlabonne/NeuralHermes-2.5-Mistral-7B
+                layer_range: [0, 32]
+            residual_weight: 0.5
+        merge_method: slerp
+        base_model: mlabonne/NeuralMarcoro14-7B
+        parameters:
+          t:
+            - filter: self_attn
+              value: [0, 0.5, 0.3, 0.7, 1]
+            - filter: mlp
+              value: [1, 0.5, 0.7, 0.3, 0]
+            - value: 0.5
+          embed_slerp: true
+        dtype: bfloat16
+        """,
+    "dare_ties": """
+        models:
+          - model: mistralai/Mistral-7B-v0.1
+          - model: samir-fama/SamirGPT-v1
+            layer_range: [0, 32]
+            parameters: {density: 0.53, weight: 0.4}
+          - model: abacusai/Slerp-CM-mist-dpo
+            parameters: {density: 0.53, weight: 0.3, normalize: true}
+        merge_method: dare_ties
+        base_model: mistralai/Mistral-7B-v0.1
+        parameters: {int8_mask: true, gamma: 0.3}
+        dtype: bfloat16
+        tokenizer_source: union
+        """,
+    "task_arithmetic": """
+        merge_method: task_arithmetic
+        base_model: {model: {path: a/base, revision: main}}
+        models:
+          - model: {model: a/one, lora: {path: a/lora, revision: v2}}
+            parameters: {weight: 0.5, density: 0.3}
+        chat_template: auto
+        dtype: float16
+        """,
+    "frankenmerge": """
+        dtype: float16
+        merge_method: passthrough
+        slices:
+        - sources: [{layer_range: [0, 20], model: x/seventy}]
+        - sources: [{layer_range: [10, 30], model: x/seventy}]
+        """,
+}
+
+
+def read_with_notes(name: str, *, lenient: bool = False) -> tuple[Recipe, list[str]]:
+    notes: list[str] = []
+    recipe = parse_recipe(CARDS[name], "card.yaml", lenient=lenient, say=notes.append)
+    return recipe, notes
+
+
+def test_what_mergekit_knows_but_does_not_read_is_one_warning() -> None:
+    _, notes = read_with_notes("dare_ties")
+    assert notes == [
+        "card.yaml: warning: without effect: layer_range under models; gamma (dare_ties does not "
+        "read it); normalize of one model (dare_ties reads it for all models together)"
+    ]
+    _, notes = read_with_notes("task_arithmetic")
+    assert notes == [
+        "card.yaml: warning: without effect: density (task_arithmetic does not read it)"
+    ]
+
+
+def test_a_recipe_without_dead_parts_has_no_warning() -> None:
+    assert read_with_notes("frankenmerge")[1] == []
+
+
+def test_what_nobody_knows_is_an_error_unless_lenient() -> None:
+    with pytest.raises(ConfigError, match=r"card\.yaml: parameters: unknown parameter 'embed_sle"):
+        read_with_notes("slerp")
+    recipe, notes = read_with_notes("slerp", lenient=True)
+    assert "embed_slerp" not in recipe.to_yaml()
+    assert notes == [
+        "card.yaml: warning: without effect: residual_weight under slices; unknown parameter "
+        "embed_slerp"
+    ]
+
+
+def test_lenient_drops_unknown_keys_on_every_level() -> None:
+    mapping = one_slice(
+        comment="x",
+        tokenizer={"source": "union", "surprise": 1},
+        slices=[{"sources": [{"model": "base", "layer_range": [0, 1], "hue": 3}], "name": "first"}],
+    )
+    notes: list[str] = []
+    recipe = recipe_from_mapping(mapping, "r.yaml", lenient=True, say=notes.append)
+    assert notes == [
+        "r.yaml: warning: without effect: unknown key slices.0.sources.0.hue; unknown key "
+        "slices.0.name; unknown key comment; unknown key tokenizer.surprise"
+    ]
+    assert recipe == recipe_from_mapping(recipe.to_mapping(), "again")
+
+
+def test_models_written_as_objects_become_names() -> None:
+    recipe, _ = read_with_notes("task_arithmetic")
+    assert recipe.model_names() == ("a/base@main", "a/one+a/lora@v2")
+
+
+def test_models_of_a_tokenizer_are_found_and_renamed_with_the_others() -> None:
+    recipe = recipe_from_mapping(
+        {
+            "merge_method": "linear",
+            "models": [{"model": "a", "parameters": {"weight": 1}}],
+            "tokenizer": {
+                "source": "b",
+                "tokens": {
+                    "model": {"source": "c", "force": True},
+                    "base": {"source": {"kind": "model_token", "model": "a", "token": "x"}},
+                    "z": {"source": {"kind": "zero"}},
+                },
+            },
+        },
+        "r.yaml",
+    )
+    assert recipe.references() == ("a", "b", "c")
+    renamed = recipe.with_models({"a": "/a", "b": "/b", "c": "/c"})
+    assert renamed.references() == ("/a", "/b", "/c")
+    assert renamed.tokenizer is not None
+    assert list(renamed.tokenizer.tokens) == ["model", "base", "z"]
+    union = recipe_from_mapping(
+        {
+            "merge_method": "linear",
+            "models": [{"model": "union", "parameters": {"weight": 1}}],
+            "tokenizer_source": "union",
+        },
+        "r.yaml",
+    )
+    assert union.with_models({"union": "/folder"}).tokenizer_source == "union"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("ties", {"density": 1.5}, "parameters.density: 1.5 should be in [0, 1]"),
+        ("ties", {"density": [0.5, -0.1]}, "parameters.density: -0.1 should be in [0, 1]"),
+        ("ties", {"normalize": 0.5}, "parameters.normalize: 0.5 is neither true nor false"),
+        ("karcher", {"max_iter": 2.5}, "parameters.max_iter: 2.5 should be a whole number"),
+        ("karcher", {"tol": -1}, "parameters.tol: -1 should be at least 0"),
+        ("ties", {"weight": []}, "weight: [] is a gradient without numbers"),
+        ("ties", {"weight": {"value": []}}, "weight: [] is a gradient without numbers"),
+        ("breadcrumbs", {"gamma": 2}, "parameters.gamma: 2 should be in [0, 1]"),
+        ("ties", {"weight": 10**400}, "is not a number"),
+    ],
+)
+def test_numbers_of_the_wrong_kind_or_range_are_refused(
+    method: str, parameters: dict[str, object], said: str
+) -> None:
+    mapping = {
+        "merge_method": method,
+        "base_model": "base",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "parameters": {"weight": 1.0} | parameters,
+    }
+    described = message(mapping)
+    assert said in described
+    assert described.startswith("recipe.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "said"),
+    [
+        ("slerp", ["a", "b"], "slerp takes exactly 1 model beside the base; here there are 2"),
+        ("slerp", [], "models: Tuple should have at least 1 item"),
+        ("nuslerp", ["a"], "nuslerp takes exactly 2 models beside the base; here there are 1"),
+        ("model_stock", ["a", "base"], "takes at least 2 models beside the base; here there are 1"),
+        ("passthrough", ["a", "b"], "passthrough takes exactly 1 model; here there are 2"),
+        ("arcee_fusion", ["base"], "exactly 1 model beside the base; here there are 0"),
+    ],
+)
+def test_methods_say_how_many_models_they_take(method: str, models: list[str], said: str) -> None:
+    mapping = {
+        "merge_method": method,
+        "base_model": "base",
+        "models": [{"model": name} for name in models],
+        "parameters": {"t": 0.5, "weight": 1.0},
+    }
+    assert said in message(mapping)
+
+
+def test_a_module_is_what_it_holds_with_parameters_of_its_own() -> None:
+    mapping = one_slice()
+    module = {"slices": mapping.pop("slices"), "parameters": {"weight": 0.25}}
+    recipe = recipe_from_mapping(mapping | {"modules": {"default": module}}, "recipe.yaml")
+    assert recipe.model_names() == ("base", "expert")
+    ((place, body),) = recipe.bodies()
+    assert (place, body.parameters) == ("modules.default.", {"weight": 0.25})
+    assert recipe_from_mapping(recipe.to_mapping(), "again") == recipe
