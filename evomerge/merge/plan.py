@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from evomerge.errors import CandidateError, ConfigError
-from evomerge.merge.architecture import HEAD, Architecture
+from evomerge.merge.architecture import Architecture, stacked_config
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
 from evomerge.merge.methods import METHODS, Blend, recall_nothing
 from evomerge.merge_rules import MethodRules, Parameter
@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
     entries = tuple(_entry(group, recipe, seed) for group in groups)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
     donor = recipe.model_names()[0]
-    config = _output_config(checkpoints[donor].config, parts, dtype, checkpoints)
+    config = _output_config(architectures[donor], parts, dtype)
     return MergePlan(entries, config, donor, dtype, _digest(entries, config))
 
 
@@ -145,12 +145,14 @@ class _Part:
         """The output tensors of this part: the input side, the layers, the output side."""
         if self.is_first:
             yield from self._outer_groups([a.before for a in self.architectures])
+            yield from self._other_groups()
         for offset in range(self.num_layers):
             yield from self._layer_groups(offset)
         if self.is_last:
             yield from self._outer_groups([_without_head(a) for a in self.architectures])
             if not self.is_tied:
-                yield from self._outer_groups([_head(a) for a in self.architectures])
+                head = next(a.head for a in self.architectures if not a.tied)
+                yield from self._outer_groups([_head(a, head) for a in self.architectures])
 
     def _layer_groups(self, offset: int) -> Iterator[_Group]:
         stack = self.architectures[0].stack
@@ -166,6 +168,13 @@ class _Part:
     def _outer_groups(self, tensors: Sequence[Mapping[str, TensorHeader]]) -> Iterator[_Group]:
         for name, headers in self._matched(tensors, "the tensors outside of the layers"):
             yield self._group(name, headers, 0.0)
+
+    def _other_groups(self) -> Iterator[_Group]:
+        """The tensors of the other modules, each at its depth in its own module's layers."""
+        for module in self.architectures[0].others:
+            others = [a.others[module] for a in self.architectures]
+            for name, headers in self._matched([m.tensors for m in others], module):
+                yield self._group(name, headers, others[0].depths[name])
 
     def _matched(
         self, tensors: Sequence[Mapping[str, TensorHeader]], place: str
@@ -199,7 +208,7 @@ class _Part:
             for source, header in zip(self.sources, headers, strict=True)
         )
         hint = ""
-        if name in (HEAD, self.architectures[0].embedding):
+        if name in (self.architectures[0].head, self.architectures[0].embedding):
             hint = "; the models have vocabularies of different size"
         return f"{self.where}: {name} has different shapes: {shapes}{hint}"
 
@@ -289,6 +298,12 @@ def _refuse_mixed_models(
                     f"{checkpoints[name].directory / 'config.json'}: {key}: {values[1]!r}, but "
                     f"{first} has {values[0]!r}; models of one architecture and shape can be merged"
                 )
+        if architectures[name].module_names != architectures[first].module_names:
+            raise ConfigError(
+                f"{checkpoints[name].directory}: has the modules "
+                f"{', '.join(architectures[name].module_names)}, but {first} has "
+                f"{', '.join(architectures[first].module_names)}"
+            )
         if architectures[name].stack != architectures[first].stack:
             raise ConfigError(
                 f"{checkpoints[name].directory}: names its layers {architectures[name].stack}.0 …, "
@@ -297,14 +312,15 @@ def _refuse_mixed_models(
 
 
 def _without_head(architecture: Architecture) -> dict[str, TensorHeader]:
-    return {name: header for name, header in architecture.after.items() if name != HEAD}
+    after = architecture.after.items()
+    return {name: header for name, header in after if name != architecture.head}
 
 
-def _head(architecture: Architecture) -> dict[str, TensorHeader]:
-    """The output embeddings: a tied model's are its input embeddings."""
+def _head(architecture: Architecture, name: str) -> dict[str, TensorHeader]:
+    """The output embeddings, by `name`: a tied model's are its input embeddings."""
     if architecture.tied:
-        return {HEAD: architecture.before[architecture.embedding]}
-    return {name: header for name, header in architecture.after.items() if name == HEAD}
+        return {name: architecture.embedding_header}
+    return {architecture.head: architecture.after[architecture.head]}
 
 
 def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
@@ -414,23 +430,17 @@ def _dtype(group: _Group, recipe: Recipe) -> torch.dtype:
 
 
 def _output_config(
-    donor_config: Mapping[str, Any],
-    parts: Sequence[_Part],
-    dtype: torch.dtype,
-    checkpoints: Mapping[str, Checkpoint],
+    donor: Architecture, parts: Sequence[_Part], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The donor's config with the output's dtype, layers and tied embeddings."""
-    config = {key: value for key, value in donor_config.items() if key not in _NOT_THE_OUTPUTS}
+    origins = [
+        (part.architectures[0], index)
+        for part in parts
+        for index in range(*part.sources[0].layer_range)
+    ]
+    stacked = stacked_config(donor, origins, tied=parts[-1].is_tied)
+    config = {key: value for key, value in stacked.items() if key not in _NOT_THE_OUTPUTS}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = parts[-1].is_tied
-    config[parts[0].architectures[0].layer_count_key] = sum(part.num_layers for part in parts)
-    if "layer_types" in config:  # one word per layer: restacked as the layers are
-        firsts = [part.sources[0] for part in parts]
-        config["layer_types"] = [
-            checkpoints[source.model].config.get("layer_types", config["layer_types"])[index]
-            for source in firsts
-            for index in range(*source.layer_range)
-        ]
     return config
 
 

@@ -373,7 +373,7 @@ def add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
         ),
         (integers, "model.norm.weight is torch.int8: quantised weights cannot be merged"),
         (add("model.layers.7.extra.weight"), "has a tensor model.layers.7.extra.weight, but"),
-        (add("vision.layers.0.weight"), "with one stack of layers can be merged"),
+        (add("visual.blocks.0.weight"), "has the modules text_decoder, vision_tower, but base"),
         (add("model.extra.weight"), "outside of the layers: model.extra.weight is only in changed"),
     ],
 )
