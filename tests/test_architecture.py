@@ -48,7 +48,7 @@ LIBRARIES: dict[str, set[str]] = {
     "sqlalchemy": {"database.py", "evaluate/ledger.py", "search/log.py"},
     "torch": {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
-        *("merge/materialize.py", "merge/methods.py", "merge/plan.py"),
+        *("merge/materialize.py", "merge/methods.py", "merge/plan.py", "merge/statistics.py"),
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },
@@ -95,10 +95,13 @@ def test_a_file_imports_only_the_rooms_below_its_own(path: Path) -> None:
     assert wrong == []
 
 
-def test_the_maths_of_merging_know_torch_and_nothing_of_ours() -> None:
-    names = {name.split(".")[0] for name in imported(PACKAGE / "merge" / "methods.py")}
-    plain = {"__future__", "collections", "dataclasses", "hashlib", "math", "typing"}
-    assert names <= plain | {"numpy", "torch"}
+@pytest.mark.parametrize("name", ["methods", "statistics"])
+def test_the_maths_of_merging_know_torch_numpy_and_nothing_else_of_ours(name: str) -> None:
+    names = set(imported(PACKAGE / "merge" / f"{name}.py"))
+    plain = {"__future__", "collections", "dataclasses", "functools", "hashlib", "math", "typing"}
+    ours = {each for each in names if each.startswith("evomerge.")}
+    assert all(each.startswith("evomerge.merge.statistics") for each in ours)
+    assert {each.split(".")[0] for each in names - ours} <= plain | {"numpy", "torch"}
 
 
 def test_every_room_stands_in_the_table() -> None:

@@ -1,0 +1,217 @@
+"""Exact statistics of large tensors, found piece by piece: sums, products, order statistics.
+
+None sorts a whole tensor or holds more than a few pieces of it. All give the same bits on any
+number of threads and on any device: sums add element-wise in float64, in one fixed order, because a
+library's own sum depends on how it splits the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Numbers of a flattened tensor: those at [start, stop).
+Values = Callable[[int, int], Tensor]
+
+# A sum has so many partial sums, each a float64; they stay in a core's second-level cache.
+_LANES = 1 << 13
+_PIECE = 1 << 15
+# Counting writes 65,536 counters per piece, so these pieces are larger.
+_COUNTED_PIECE = 1 << 18
+_DIGIT = 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The largest of some numbers: those above `threshold`, and of those equal to it the ones up
+    to flat index `last`. So among equal magnitudes the lowest index wins.
+    """
+
+    threshold: float
+    last: int
+
+    def holds(self, values: Tensor, start: int) -> Tensor:
+        """Which of `values`, the numbers from flat index `start` on, belong to the largest."""
+        if start > self.last:
+            return values > self.threshold
+        if start + values.numel() - 1 <= self.last:
+            return values >= self.threshold
+        held = values > self.threshold
+        first = self.last + 1 - start
+        held[:first] |= values[:first] == self.threshold
+        return held
+
+
+NONE_HELD = Cut(math.inf, -1)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often each leading digit (the upper 16 bits) occurs among non-negative numbers.
+
+    `digits` ascend, `counts` belong to them; digits that do not occur are left out.
+    """
+
+    digits: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def find(self, k: int) -> tuple[int, int, int]:
+        """The digit of the k-th largest, its place among the numbers of that digit, their count."""
+        from_above = np.cumsum(self.counts[::-1])
+        place = int(np.searchsorted(from_above, k))
+        before = int(from_above[place - 1]) if place else 0
+        index = len(self.digits) - 1 - place
+        return int(self.digits[index]), k - before, int(self.counts[index])
+
+
+def leading_digits(values: Values, count: int) -> Histogram:
+    """The histogram that `largest` starts from, whatever is asked of it: one pass."""
+    return _histogram(values, count, None, _bits(values(0, 0)) - _DIGIT)
+
+
+def largest(values: Values, count: int, k: int, leading: Histogram) -> Cut:
+    """The k largest of `count` non-negative numbers; for k < 1 none, for k >= count all.
+
+    A radix selection over the numbers' bits, whose order is that of the numbers: one pass per 16
+    bits below the leading ones, and one as far as the last number held.
+    """
+    if k < 1:
+        return NONE_HELD
+    if k >= count:
+        return Cut(0.0, count)
+    shift = _bits(values(0, 0)) - _DIGIT
+    prefix, place, equal = leading.find(k)
+    while shift > 0:
+        shift -= _DIGIT
+        digit, place, equal = _histogram(values, count, prefix, shift).find(place)
+        prefix = prefix << _DIGIT | digit
+    threshold = _number(prefix, values(0, 0).dtype)
+    last = count if place == equal else _index_of(values, count, threshold, place)
+    return Cut(threshold, last)
+
+
+def zeros(values: Values, count: int, leading: Histogram) -> int:
+    """How many of `count` non-negative numbers are 0."""
+    if leading.digits.size == 0 or leading.digits[0] != 0:
+        return 0
+    return sum(
+        int((values(start, stop) == 0).sum()) for start, stop in _ranges(count, _COUNTED_PIECE)
+    )
+
+
+def total(values: Values, count: int, step: int = 1) -> float:
+    """The sum of `count` numbers in float64; they are asked for in ranges of whole steps."""
+    size = max(step, _LANES // step * step)
+    lanes = torch.zeros(min(size, count), dtype=torch.float64, device=values(0, 0).device)
+    for start, stop in _ranges(count, size):
+        lanes[: stop - start] += values(start, stop)
+    return float(folded(lanes, 0))
+
+
+def gram(vectors: Sequence[Values], count: int) -> NDArray[np.float64]:
+    """The dot products of vectors of `count` numbers with each other: float64, shape (k, k)."""
+    number = len(vectors)
+    device = vectors[0](0, 0).device
+    lanes = torch.zeros(number, number, _LANES, dtype=torch.float64, device=device)
+    for start, stop in _ranges(count, _LANES):
+        pieces = [vector(start, stop).double() for vector in vectors]
+        for row in range(number):
+            for column in range(row + 1):
+                lanes[row, column, : stop - start].addcmul_(pieces[row], pieces[column])
+    lower = folded(lanes, 2).cpu().numpy()
+    return np.asarray(np.tril(lower) + np.tril(lower, -1).T)
+
+
+def row_gram(vectors: Sequence[Values], rows: int, columns: int) -> Tensor:
+    """`gram` of every row of matrices in row-major order: float64, shape (k, k, rows)."""
+    number = len(vectors)
+    device = vectors[0](0, 0).device
+    result = torch.zeros(number, number, rows, dtype=torch.float64, device=device)
+    for first, end in _ranges(rows, max(1, _PIECE // max(1, columns))):
+        pieces = [_matrix(vector, first, end, columns) for vector in vectors]
+        for row in range(number):
+            for column in range(row + 1):
+                result[row, column, first:end] = folded(pieces[row] * pieces[column], 1)
+                result[column, row, first:end] = result[row, column, first:end]
+    return result
+
+
+def column_gram(vectors: Sequence[Values], rows: int, columns: int) -> Tensor:
+    """`gram` of every column of matrices in row-major order: float64, shape (k, k, columns)."""
+    number = len(vectors)
+    device = vectors[0](0, 0).device
+    result = torch.zeros(number, number, columns, dtype=torch.float64, device=device)
+    for first, end in _ranges(rows, max(1, _PIECE // max(1, columns))):
+        pieces = [_matrix(vector, first, end, columns) for vector in vectors]
+        for row in range(number):
+            for column in range(row + 1):
+                result[row, column] += folded(pieces[row] * pieces[column], 0)
+    for row in range(number):
+        for column in range(row):
+            result[column, row] = result[row, column]
+    return result
+
+
+def folded(numbers: Tensor, dim: int) -> Tensor:
+    """The sum along `dim`, halves added to each other until one is left. Overwrites `numbers`."""
+    length = numbers.shape[dim]
+    if length == 0:
+        return numbers.sum(dim)
+    while length > 1:
+        half = (length + 1) // 2
+        numbers.narrow(dim, 0, length - half).add_(numbers.narrow(dim, half, length - half))
+        length = half
+    return numbers.select(dim, 0)
+
+
+def _matrix(vector: Values, first: int, end: int, columns: int) -> Tensor:
+    return vector(first * columns, end * columns).double().view(end - first, columns)
+
+
+def _ranges(count: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _bits(values: Tensor) -> int:
+    return values.dtype.itemsize * 8
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+
+
+def _number(bits: int, dtype: torch.dtype) -> float:
+    if dtype == torch.float32:
+        return float(np.array(bits, dtype=np.int32).view(np.float32))
+    return float(np.array(bits, dtype=np.int64).view(np.float64))
+
+
+def _histogram(values: Values, count: int, prefix: int | None, shift: int) -> Histogram:
+    """Of the 16 bits above `shift`, among the numbers whose bits above those are `prefix`."""
+    counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=values(0, 0).device)
+    for start, stop in _ranges(count, _COUNTED_PIECE):
+        bits = _as_integers(values(start, stop))
+        if prefix is not None:
+            bits = bits[(bits >> (shift + _DIGIT)) == prefix]
+        digits = (bits >> shift) & ((1 << _DIGIT) - 1)
+        counts += torch.bincount(digits, minlength=1 << _DIGIT)
+    found = counts.cpu().numpy()
+    (digits_found,) = np.nonzero(found)
+    return Histogram(digits_found, found[digits_found])
+
+
+def _index_of(values: Values, count: int, number: float, place: int) -> int:
+    """The flat index of the `place`-th (from 1) of the values that equal `number`."""
+    for start, stop in _ranges(count, _COUNTED_PIECE):
+        equal = values(start, stop) == number
+        here = int(equal.sum())
+        if here >= place:
+            return start + int(torch.nonzero(equal)[place - 1])
+        place -= here
+    raise AssertionError("the histogram counted more of them")
