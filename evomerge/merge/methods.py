@@ -1005,19 +1005,17 @@ class _TaskVectors:
     def _largest(self, index: int, k: int) -> Cut:
         magnitudes = self._magnitudes(index)
 
-        def leading() -> Histogram:
+        def find_leading() -> Histogram:
             return statistics.leading_digits(magnitudes, self.size)
 
         def find() -> Cut:
-            known = self.recall(("magnitudes", index), leading)
-            return statistics.largest(magnitudes, self.size, k, known)
+            return statistics.largest(magnitudes, self.size, k, leading)
 
+        leading = self.recall(("magnitudes", index), find_leading)
         return self.recall(("largest", index, k), find)
 
 
-def _agreeing(
-    terms: Sequence[Tensor], divisors: Sequence[float] | None, smallest: float
-) -> Tensor:
+def _agreeing(terms: Sequence[Tensor], divisors: Sequence[float] | None, smallest: float) -> Tensor:
     """The sum of the terms that have the sign of the sum of all, per element; 0 counts as +.
 
     So does a sum that is 0 but for rounding: weights such as 0.6 and −0.4 on equal numbers of
@@ -1164,7 +1162,7 @@ def _active_mean(
                 kept = delta.mul_(here)
                 total += kept
                 if factor != 1.0:
-                    total.add_(kept.mul_(count == 1.0), alpha=factor - 1.0)
+                    total += kept.mul_(count == 1.0).mul_(factor - 1.0)
             out[first - start : end - start].copy_(
                 origin(first, end) + total / count.clamp_(min=1.0)
             )

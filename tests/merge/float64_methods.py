@@ -96,10 +96,9 @@ def model_stock(base: Tensor, xs: Tensors, *, filter_wise: bool) -> Tensor:
     return t * sum_of(iter(xs)) / count + (1 - t) * base
 
 
-def task_arithmetic(
-    base: Tensor, xs: Tensors, *, weight: list[float], lambda_: float, normalize: bool
-) -> Tensor:
-    return merge_deltas(base, xs, [None] * len(xs), weight, lambda_, normalize, False, False)
+def task_arithmetic(base: Tensor, xs: Tensors, **numbers: object) -> Tensor:
+    masks = [None] * len(xs)
+    return merge_deltas(base, xs, masks, rescale=False, consensus=False, **numbers)  # type: ignore[arg-type]
 
 
 def ties(base: Tensor, xs: Tensors, *, density: list[float], **numbers: object) -> Tensor:
@@ -213,7 +212,7 @@ def ram(base: Tensor, xs: Tensors, *, epsilon: float) -> Tensor:
 def ramplus_tl(base: Tensor, xs: Tensors, *, r: float, alpha: float, epsilon: float) -> Tensor:
     deltas = torch.stack([x - base for x in xs])
     active = deltas.abs() > epsilon
-    count = active.sum(0)
+    count = active.double().sum(0)
     out = base.clone()
     for delta, here in zip(deltas, active, strict=True):
         ratio = int((here & (count > 1)).sum()) / max(int((here & (count == 1)).sum()), epsilon)
@@ -226,6 +225,7 @@ def merge_deltas(
     base: Tensor,
     xs: Tensors,
     masks: Sequence[Tensor | None],
+    *,
     weight: list[float],
     lambda_: float,
     normalize: bool,

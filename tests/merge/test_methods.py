@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from evomerge import merge_rules
-from evomerge.merge import methods, statistics
+from evomerge.merge import methods
 from evomerge.merge.kernels import merge_into
-from evomerge.merge.methods import METHODS, Blend, Pieces, recall_nothing
+from evomerge.merge.methods import METHODS, Blend, recall_nothing
 from tests.merge import float64_methods
 
 T = TypeVar("T")
