@@ -40,5 +40,11 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     `cutoff` in [0, 1] is how like it has to be (`difflib.get_close_matches`).
     """
     words = list(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(words)}"
+
+
+def shown(value: object, *, longest: int = 200) -> str:
+    """`value` as a message quotes it: its repr, cut where that is longer than a line should be."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"

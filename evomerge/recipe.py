@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, nearest, shown
 from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules
 from evomerge.settings import CUTOFF, Setting, Settings, check_setting, misfits
 from evomerge.strict_yaml import load_yaml
@@ -43,7 +43,7 @@ def _check_settings(settings: dict[str, Setting]) -> dict[str, Setting]:
     for name, setting in settings.items():
         if name not in PARAMETER_NAMES:
             raise ValueError(
-                f"unknown parameter {name!r}{nearest(name, PARAMETER_NAMES, cutoff=CUTOFF)}"
+                f"unknown parameter {shown(name)}{nearest(name, PARAMETER_NAMES, cutoff=CUTOFF)}"
             )
         check_setting(name, setting)
     return settings
@@ -54,14 +54,16 @@ def _check_dtype(name: str | None) -> str | None:
         meant = _SHORT_DTYPES.get(name.lower())
         hint = f"; did you mean {meant!r}?" if meant else ""
         raise ValueError(
-            f"{name!r} is no dtype of a merge; one of {', '.join(DTYPE_NAMES)} is{hint}"
+            f"{shown(name)} is no dtype of a merge; one of {', '.join(DTYPE_NAMES)} is{hint}"
         )
     return name
 
 
 def _check_method(name: str) -> str:
     if name not in METHODS:
-        raise ValueError(f"unknown merge method {name!r}{nearest(name, METHODS, cutoff=CUTOFF)}")
+        raise ValueError(
+            f"unknown merge method {shown(name)}{nearest(name, METHODS, cutoff=CUTOFF)}"
+        )
     return name
 
 
@@ -86,18 +88,18 @@ def _path_reference(value: object) -> str:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{value!r} should be a model's name or {{path, revision}}")
+        raise ValueError(f"{shown(value)} should be a model's name or {{path, revision}}")
     _refuse_unknown(value, _PATH_KEYS)
     path, revision = value.get("path"), value.get("revision")
     if not isinstance(path, str) or not isinstance(revision, str | None) or not path:
-        raise ValueError(f"{dict(value)!r} should have a path and may have a revision")
+        raise ValueError(f"{shown(dict(value))} should have a path and may have a revision")
     return f"{path}@{revision}" if revision else path
 
 
 def _refuse_unknown(mapping: Mapping[object, object], known: Sequence[str]) -> None:
     for key in mapping:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), known, cutoff=CUTOFF)}")
+            raise ValueError(f"unknown key {shown(key)}{nearest(str(key), known, cutoff=CUTOFF)}")
 
 
 Parameters = Annotated[
@@ -609,7 +611,7 @@ def _describe(mistake: ErrorDetails) -> str:
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return place + message
-    return f"{place}{message} (given: {mistake['input']!r})"
+    return f"{place}{message} (given: {shown(mistake['input'])})"
 
 
 def _keys_at(location: Sequence[object]) -> list[str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, nearest, shown
 from evomerge.merge_rules import Parameter
 
 Setting: TypeAlias = object
@@ -46,11 +46,11 @@ def _check_condition(name: str, condition: Mapping[str, Setting]) -> None:
         if key not in ("filter", "value"):
             known = ("filter", "value")
             hint = nearest(str(key), known, cutoff=CUTOFF)
-            raise ValueError(f"{name}: unknown key {key!r}{hint}")
+            raise ValueError(f"{name}: unknown key {shown(key)}{hint}")
     if not isinstance(condition.get("filter", ""), str | None):
-        raise ValueError(f"{name}: filter {condition['filter']!r} should be a string")
+        raise ValueError(f"{name}: filter {shown(condition['filter'])} should be a string")
     if "value" not in condition:
-        raise ValueError(f"{name}: {dict(condition)!r} has no value")
+        raise ValueError(f"{name}: {shown(dict(condition))} has no value")
     value = condition["value"]
     if value == []:
         raise ValueError(f"{name}: [] is a gradient without numbers; write at least one")
@@ -66,7 +66,7 @@ def _check_scalar(name: str, scalar: Setting) -> None:
             raise ValueError
         float(scalar)
     except (ValueError, OverflowError):  # an integer may be too large for a float
-        raise ValueError(f"{name}: {scalar!r} is not a number") from None
+        raise ValueError(f"{name}: {shown(scalar)} is not a number") from None
 
 
 def misfits(parameter: Parameter, setting: Setting) -> list[str]:
@@ -89,13 +89,13 @@ def _misfit(parameter: Parameter, scalar: object) -> str | None:
         return None
     number = as_float(scalar)
     if parameter.kind is int and not number.is_integer():
-        return f"{name}: {scalar!r} should be a whole number"
+        return f"{name}: {shown(scalar)} should be a whole number"
     bounded = math.isfinite(parameter.low) or math.isfinite(parameter.high)
     if bounded and not parameter.low <= number <= parameter.high:
         wanted = f"at least {parameter.low:g}"
         if math.isfinite(parameter.high):
             wanted = f"in [{parameter.low:g}, {parameter.high:g}]"
-        return f"{name}: {scalar!r} should be {wanted}"
+        return f"{name}: {shown(scalar)} should be {wanted}"
     return None
 
 
@@ -148,7 +148,7 @@ def as_flag(parameter: str, value: object) -> bool:
         return True
     if word in _FALSE_WORDS | {"0.0"}:
         return False
-    raise ConfigError(f"{parameter}: {value!r} is neither true nor false")
+    raise ConfigError(f"{parameter}: {shown(value)} is neither true nor false")
 
 
 def as_float(value: object) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evomerge import strict_yaml
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import read_suite_config
 from evomerge.recipe import read_recipe
@@ -45,6 +46,37 @@ def test_a_key_that_is_there_twice_is_refused(text: str, key: str, lines: str) -
 def test_yaml_makes_no_objects(tag: str) -> None:
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
         load_yaml(f"a: {tag}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: !!bool maybe", "'maybe' is no valid bool"),
+        ("a: !!int x", "'x' is no valid int"),
+        ("a: 2001-99-99", "'2001-99-99' is no valid timestamp"),
+        ("a: !!timestamp x", "'x' is no valid timestamp"),
+        ("a: " + "9" * 5000, "99… is no valid int"),
+        ('a: "\\ud800"', "is no valid str"),
+        ("a: " + "[" * 100_000, "nested more than 64 deep, in line 1"),
+        ("a: " + "{a: " * 65 + "1" + "}" * 65, "nested more than 64 deep, in line 1"),
+        ("- " * 2000, "nested more than 64 deep"),
+        ("a: &a [1, *a]", "nested more than 64 deep"),
+        (
+            "\n".join(
+                ["a0: &a0 [x]", *(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 12))]
+            ),
+            r"its aliases \(\*name\) stand for more than 100000 values, in line 6",
+        ),
+    ],
+)
+def test_what_cannot_be_read_or_held_is_said(text: str, said: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=said):
+        load_yaml(text)
+
+
+def test_a_large_file_without_aliases_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_yaml, "_MOST_VALUES", 10)
+    assert load_yaml(f"[{'1, ' * 100}1]") == [1] * 101
 
 
 @pytest.mark.parametrize(

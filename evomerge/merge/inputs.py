@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, shown
 from evomerge.merge.checkpoint import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -107,7 +107,14 @@ class InputModels:
         return model, adapter
 
     def _path(self, reference: str) -> Path:
-        return (self.folder / Path(reference).expanduser()).resolve()
+        try:
+            path = (self.folder / Path(reference).expanduser()).resolve()
+            path.exists()
+        # It is too long, has a null byte, or names the home of a user who is not there.
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{shown(reference)}: cannot be a model's name: {reason}") from error
+        return path
 
     def _plain(self, reference: str) -> Path:
         path = self._path(reference)
