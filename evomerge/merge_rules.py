@@ -61,7 +61,8 @@ class MethodRules:
 _WEIGHT = Parameter("weight", required=True, own=True, searched=(-0.5, 2.0))
 _SHARE = Parameter("weight", required=True, own=True, searched=(0.0, 1.0))
 _DENSITY = Parameter("density", default=1.0, own=True, low=0.0, high=1.0, searched=(0.1, 1.0))
-_LAMBDA = Parameter("lambda", default=1.0, searched=(0.5, 1.5))
+# Searched where a file gives bounds only: the weights of a tensor can do the same themselves.
+_LAMBDA = Parameter("lambda", default=1.0)
 _EPSILON = Parameter(
     "epsilon", default=0.15, own=True, low=0.0, high=0.5, searched=(0.01, 0.3), log=True
 )

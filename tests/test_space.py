@@ -124,7 +124,7 @@ def test_models_of_the_same_folder_name_are_told_apart() -> None:
 
 @pytest.mark.parametrize("granularity", [{}, {"layer_granularity": 0}, {"layer_granularity": 6}])
 def test_without_a_granularity_all_layers_are_one_slice(granularity: dict[str, int]) -> None:
-    assert space(**granularity).slices == ((0, 6),)
+    assert space(**granularity).genes == ("layers 0-6 | first", "layers 0-6 | second")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_models_that_make_no_search_are_refused(models: tuple[str, ...], said: s
         ({"weight": [0.0, float("inf")]}, "should be"),
         ({"layer_granularity": -1}, "greater than or equal to 0"),
         ({"filters": ["mlp", "mlp"]}, "names one twice"),
-        ({"merge_method": "ties"}, "'task_arithmetic' or 'linear'"),
+        ({"merge_method": "tie"}, "unknown merge method 'tie'; did you mean 'ties'"),
         ({"layer_granularty": 2}, "layer_granularty"),
     ],
 )

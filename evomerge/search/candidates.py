@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge.recipe import Recipe, recipe_from_mapping
 from evomerge.search.log import trial_label
-from evomerge.space import SearchSpace, SpaceConfig
+from evomerge.space import GenomeConfig, SearchSpace, SpaceConfig
 
 BASE = "base"
 UNIFORM = "uniform"
@@ -31,21 +30,15 @@ def model_label(index: int) -> str:
 
 
 def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
-    """The base, each model, and the uniform merge: all weights 1 / number of models."""
+    """The base, each model, and the uniform merge (`SearchSpace.uniform_recipe`)."""
     return (
         Candidate(BASE, plain_recipe(space.base_model, space.dtype)),
         *(
             Candidate(model_label(index), plain_recipe(model, space.dtype))
             for index, model in enumerate(space.models)
         ),
-        Candidate(UNIFORM, uniform_recipe(space)),
+        Candidate(UNIFORM, space.uniform_recipe()),
     )
-
-
-def uniform_recipe(space: SearchSpace) -> Recipe:
-    """The merge whose weights are all 1 / number of models, also where the bounds exclude that."""
-    anywhere = space.config.model_copy(update={"weight": (-math.inf, math.inf)})
-    return replace(space, config=anywhere).decode(space.uniform(1 / len(space.models)))
 
 
 def plain_recipe(model: str, dtype: str) -> Recipe:
@@ -73,19 +66,21 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def space_to_mapping(space: SearchSpace) -> dict[str, Any]:
     """A search space as plain values, for the log."""
+    key = "genome" if isinstance(space.config, GenomeConfig) else "config"
     return {
-        "config": space.config.model_dump(mode="json"),
+        key: space.config.model_dump(mode="json"),
         "base_model": space.base_model,
         "models": list(space.models),
-        "num_layers": space.slices[-1][1],
+        "num_layers": space.num_layers,
         "dtype": space.dtype,
     }
 
 
 def space_from_mapping(mapping: Mapping[str, Any]) -> SearchSpace:
     """The search space of `space_to_mapping`."""
+    kind = GenomeConfig if "genome" in mapping else SpaceConfig
     return SearchSpace.build(
-        SpaceConfig.model_validate(mapping["config"]),
+        kind.model_validate(mapping["genome" if "genome" in mapping else "config"]),
         base_model=mapping["base_model"],
         models=mapping["models"],
         num_layers=mapping["num_layers"],

@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
-import numpy as np
-
 from evomerge.database import Database, has_database, open_database
 from evomerge.errors import (
     CandidateError,
@@ -39,7 +37,7 @@ from evomerge.search.evaluator import TimeSplit
 from evomerge.search.log import EventLog, History, Measurement, Part, trial_label
 from evomerge.search.mirror import Mirror, MirroredSpace, MirroredTrial
 from evomerge.search.resolve import ResolvedStudy, check_budget, resolve_study, what_changed
-from evomerge.search.samplers import CmaEs, Sampler, Told
+from evomerge.search.samplers import CmaEs, Sampler, Scaling, Told
 from evomerge.search.status import (
     BEST_FILE,
     Best,
@@ -304,13 +302,11 @@ class _Search:
         config = study.config.sampler
         with self._watch.measure("ask"):
             sampler = CmaEs(
-                # The uniform merge, or what the bounds have nearest to it.
-                start=study.space.uniform(1 / len(study.models)).clip(
-                    study.space.low, study.space.high
-                ),
+                start=study.space.start,
                 sigma0=config.sigma0,
                 population=study.population,
                 seed=config.seed,
+                scaling=Scaling(study.space.steps, study.space.logarithmic),
             )
             for block in sorted(self._history.told):
                 sampler.tell(self._told(self._history.told[block]))
@@ -324,7 +320,8 @@ class _Search:
         for number in numbers:
             genome = self._history.genomes[number]
             self._measure(
-                Candidate(trial_label(number), self._study.space.decode(genome)),
+                trial_label(number),
+                genome,
                 "search",
                 number=number,
                 generation=block,
@@ -365,35 +362,40 @@ class _Search:
 
     def _measure_all(self, candidates: Sequence[Candidate], part: Part) -> None:
         for candidate in candidates:
-            self._measure(candidate, part)
+            self._measure(candidate.label, candidate.recipe, part)
 
     def _measure(
         self,
-        candidate: Candidate,
+        label: str,
+        origin: Recipe | Sequence[float],
         part: Part,
         number: int | None = None,
         generation: int | None = None,
     ) -> None:
-        """Evaluates a candidate on all tasks of `part` in one unit, unless that is done."""
-        if self._history.is_done(candidate.label, part):
+        """Evaluates a candidate on all tasks of `part` in one unit, unless that is done.
+
+        `origin` is its recipe, or the genome of it.
+        """
+        if self._history.is_done(label, part):
             return
         tasks = self._study.search_tasks if part == "search" else self._study.holdout_tasks
         before = best_trial(self._history)
         try:
-            results = self._bench.evaluate(candidate.recipe, [task.id for task in tasks])
+            recipe = origin if isinstance(origin, Recipe) else self._study.space.decode(origin)
+            results = self._bench.evaluate(recipe, [task.id for task in tasks])
             score = _score(tasks, results)
         except CandidateError as error:
             killed = isinstance(error, _EngineKilledError)
-            event = events.failed(candidate.label, part, str(error), self._watch.take(), killed)
+            event = events.failed(label, part, str(error), self._watch.take(), killed)
         except RunError as error:
             self._stop(str(error), [])
         else:
-            event = self._success(candidate, part, score, results)
+            event = self._success(Candidate(label, recipe), part, score, results)
         self._write(event)
         if best_trial(self._history) != before:
             with self._watch.measure("log"):
                 _write_files(self._study, self._history)
-        self._report(self._story(candidate, part, number, generation))
+        self._report(self._story(label, part, number, generation))
 
     def _write(self, event: events.Event) -> None:
         """Logs a unit's end; where one more candidate in a row killed the engine, the run's, too.
@@ -454,7 +456,7 @@ class _Search:
             raise RunError(f"study {self._study.name}: nothing could be scored")
         if self._study.holdout_tasks:
             self._measure_all(baselines(self._study.space), "holdout")
-            self._measure(self._candidate(winner.label), "holdout")
+            self._measure_all([self._candidate(winner.label)], "holdout")
         payload = {"source": winner.source, "number": winner.number, "candidate": winner.label}
         self._log.append(events.finished(payload, self._total, self._watch.take()))
 
@@ -484,7 +486,7 @@ class _Search:
             number=number,
             label=label,
             generation=number // self._study.population,
-            weights=np.clip(genome, space.low, space.high).tolist(),
+            clipped=space.clip(genome).tolist(),
             genome=genome,
             score=self._history.score(label),
             reason=self._history.failures.get((label, "search")),
@@ -496,14 +498,14 @@ class _Search:
         return {model_label(index): model for index, model in enumerate(models)}.get(label, label)
 
     def _story(
-        self, candidate: Candidate, part: Part, number: int | None, generation: int | None
+        self, label: str, part: Part, number: int | None, generation: int | None
     ) -> Measured:
-        key = (candidate.label, part)
+        key = (label, part)
         measurement = self._history.scores.get(key)
         best = best_trial(self._history)
         return Measured(
-            candidate=candidate.label,
-            title=self._title(candidate.label),
+            candidate=label,
+            title=self._title(label),
             part=part,
             number=number,
             generation=generation,

@@ -22,12 +22,12 @@ Grades = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class MirroredTrial:
-    """A told candidate: its weights as decoded (clipped) and as drawn, and how it ended."""
+    """A told candidate: its genes as decoded (clipped) and as drawn, and how it ended."""
 
     number: int
     label: str
     generation: int
-    weights: Sequence[float]
+    clipped: Sequence[float]
     genome: Sequence[float]
     score: float | None
     reason: str | None
@@ -147,7 +147,7 @@ class Mirror:
         return create_trial(
             state=TrialState.FAIL if trial.score is None else TrialState.COMPLETE,
             value=trial.score,
-            params=dict(zip(space.genes, trial.weights, strict=True)),
+            params=dict(zip(space.genes, trial.clipped, strict=True)),
             distributions={
                 gene: FloatDistribution(low, high)
                 for gene, low, high in zip(space.genes, space.low, space.high, strict=True)

@@ -16,9 +16,8 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
-from evomerge.search.candidates import uniform_recipe
 from evomerge.search.study import StudyConfig, study_directory
-from evomerge.space import SearchSpace
+from evomerge.space import SearchSpace, SpaceConfig
 
 Result = TypeVar("Result")
 
@@ -74,7 +73,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     space = _in_file(
         config,
         lambda: SearchSpace.build(
-            config.search_space,
+            config.space,
             base_model=str(base),
             models=[str(model) for model in models],
             num_layers=layer_count(checkpoints[str(base)]),
@@ -83,7 +82,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     )
     _check_layer_counts(config, [checkpoints[str(folder)] for folder in (base, *models)])
     # Plans the merge once: models that do not fit together are found before an engine starts.
-    _in_file(config, lambda: make_plan(uniform_recipe(space), checkpoints))
+    _in_file(config, lambda: make_plan(space.uniform_recipe(), checkpoints))
     return ResolvedStudy(
         config=config,
         storage=storage,
@@ -175,7 +174,8 @@ def _fingerprint(
     for option in _HARMLESS_OPTIONS:
         mapping["engine"].pop(option, None)
     mapping["engine"]["name"] = engine_name(config.engine.name)
-    mapping["search_space"]["weight"] = space.config.bounds
+    if isinstance(space.config, SpaceConfig):
+        mapping["search_space"] = space.config.to_fingerprint()
     mapping["sampler"]["name"] = "cma-es"
     mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))

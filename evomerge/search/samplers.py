@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from evomerge.space import Genome
 
@@ -42,6 +43,40 @@ class Sampler(Protocol):
         """Learns from a whole generation, in the order of its numbers."""
 
 
+# e^±200 is beyond any number of a merge, and far from where float64 ends.
+_LARGEST_LOGARITHM = 200.0
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How genes, in their own units, lie in the space where all have steps of one size.
+
+    A gene is its place there times its step; where `logarithmic`, that is its natural logarithm.
+    Where all steps are 1 and no gene is logarithmic, both are the same to the last bit.
+    """
+
+    steps: Genome
+    logarithmic: npt.NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, dimension: int) -> Scaling:
+        """The scaling that changes nothing."""
+        return cls(np.ones(dimension), np.zeros(dimension, dtype=np.bool_))
+
+    def place(self, genome: npt.ArrayLike) -> Genome:
+        """Where a genome lies."""
+        genes = np.array(genome, dtype=np.float64)
+        genes[self.logarithmic] = np.log(genes[self.logarithmic])
+        return genes / self.steps
+
+    def genome(self, place: Genome) -> Genome:
+        """The genome that lies there."""
+        genes = place * self.steps
+        exponents = genes[self.logarithmic].clip(-_LARGEST_LOGARITHM, _LARGEST_LOGARITHM)
+        genes[self.logarithmic] = np.exp(exponents)
+        return genes
+
+
 class CmaEs:
     """CMA-ES by the package cma: textbook settings, no bounds, its own source of randomness.
 
@@ -49,15 +84,24 @@ class CmaEs:
     `cma_signals.in` of the working directory, strings that it evaluates, numpy's global generator.
     """
 
-    def __init__(self, *, start: Genome, sigma0: float, population: int, seed: int) -> None:
-        """A search from `start` with step `sigma0` (both in weight units), told in blocks of
-        `population`.
+    def __init__(
+        self,
+        *,
+        start: Genome,
+        sigma0: float,
+        population: int,
+        seed: int,
+        scaling: Scaling | None = None,
+    ) -> None:
+        """A search from `start` (in the genes' units) with step `sigma0` (after `scaling`, which
+        weights do not need), told in blocks of `population`.
         """
         self._dimension = len(start)
+        self._scaling = scaling or Scaling.none(len(start))
         self._seed = seed
         self._random = _ReseededRandom()
         self._strategy = cma.CMAEvolutionStrategy(
-            _padded(start),
+            _padded(self._scaling.place(start)),
             sigma0,
             {
                 "popsize": population,
@@ -75,12 +119,12 @@ class CmaEs:
 
     def propose(self, number: int) -> Genome:
         """The genome of candidate `number`, float64 of shape (genes,)."""
-        return self._draw(number)[: self._dimension]
+        return self._scaling.genome(self._draw(number)[: self._dimension])
 
     def tell(self, block: Sequence[Told]) -> None:
         """Learns from a whole generation, in the order of its numbers."""
         if self._dimension > 1:
-            solutions = [np.array(told.genome, dtype=np.float64) for told in block]
+            solutions = [self._scaling.place(told.genome) for told in block]
         else:
             solutions = [self._with_its_padding(told) for told in block]
         # cma wants to have been asked before it is told; the draw itself is thrown away.
@@ -97,7 +141,7 @@ class CmaEs:
 
     def _with_its_padding(self, told: Told) -> Genome:
         drawn = self._draw(told.number)
-        drawn[: self._dimension] = told.genome
+        drawn[: self._dimension] = self._scaling.place(told.genome)
         return drawn
 
 

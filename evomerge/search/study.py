@@ -27,7 +27,7 @@ from pydantic import (
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.resources import locate
-from evomerge.space import SpaceConfig
+from evomerge.space import SPACE_KEYS, Bounds, GenomeConfig, SpaceConfig, StackConfig
 from evomerge.strict_yaml import load_yaml
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -154,13 +154,25 @@ def _suite_form(suite: object) -> str:
     return "inline" if isinstance(suite, Mapping | SuiteConfig) else "reference"
 
 
+# What a mergekit-evolve file says beside its genome: here a suite says it, and `sampler:`.
+_EVOLVE_KEYS = (
+    *("tasks", "limit", "num_fewshot", "shuffle", "random_init"),
+    *("apply_chat_template", "fewshot_as_multiturn"),
+)
+
+
 class StudyConfig(_Strict):
-    """A study file, or what was asked when a study began."""
+    """A study file, or what was asked when a study began.
+
+    `genome`, that of a mergekit-evolve file (or such a file's path), stands for `base_model`,
+    `models` and `search_space`: the first two then repeat what it says.
+    """
 
     study: str
     base_model: Annotated[str, Field(min_length=1)]
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     search_space: SpaceConfig = SpaceConfig()
+    genome: GenomeConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig
     suite: Annotated[
@@ -174,6 +186,23 @@ class StudyConfig(_Strict):
 
     _folder: Path = PrivateAttr(default_factory=Path)
     _where: str = PrivateAttr(default="study")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_over_a_genome(cls, content: object, info: ValidationInfo) -> object:
+        if not isinstance(content, Mapping) or content.get("genome") is None:
+            return content
+        genome = _read_genome(content["genome"], (info.context or {}).get("folder", Path()))
+        if "search_space" in content:
+            raise ValueError("search_space: genome says it already; leave one of them out")
+        if content.get("random_init"):
+            raise ValueError("random_init: a search starts at equal weights here; leave it out")
+        says = {"base_model": genome.served, "models": list(genome.models)}
+        for key, value in says.items():
+            if content.get(key, value) not in (value, tuple(value)):
+                raise ValueError(f"{key}: genome says {value} already; leave it out")
+        others = {key: value for key, value in content.items() if key not in _EVOLVE_KEYS}
+        return {**others, **says, "genome": genome}
 
     @field_validator("study")
     @classmethod
@@ -202,6 +231,11 @@ class StudyConfig(_Strict):
         return models
 
     @property
+    def space(self) -> SpaceConfig | GenomeConfig:
+        """What is searched."""
+        return self.genome or self.search_space
+
+    @property
     def folder(self) -> Path:
         """The folder that relative paths in the study start from: that of its file."""
         return self._folder
@@ -218,7 +252,10 @@ class StudyConfig(_Strict):
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, from which `study_from_mapping` makes the same study."""
-        return self.model_dump(mode="json", exclude_none=True)
+        plain = self.model_dump(mode="json", exclude_none=True)
+        if self.genome is not None:
+            del plain["search_space"]
+        return plain
 
 
 def read_study(reference: str, *, trust_code: bool = False) -> StudyConfig:
@@ -243,13 +280,49 @@ def study_from_mapping(
     """The study in plain values; `where` names them in messages. Raises ConfigError."""
     if not isinstance(content, Mapping):
         raise ConfigError(f"{where}: a study is a mapping with study, base_model, models …")
+    _refuse_evolve_alone(content, where)
+    context = {"trust_code": trust_code, "folder": folder}
     try:
-        config = StudyConfig.model_validate(content, context={"trust_code": trust_code})
+        config = StudyConfig.model_validate(content, context=context)
     except ValidationError as error:
         lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
     config._folder, config._where = folder, where
     return config
+
+
+def _refuse_evolve_alone(content: Mapping[object, object], where: str) -> None:
+    """Raises ConfigError where a mergekit-evolve file has nothing that makes it a study."""
+    needed = ("study", "suite", "budget")
+    missing = [key for key in needed if key not in content]
+    if "genome" not in content or len(missing) < len(needed):
+        return
+    raise ConfigError(
+        f"{where}: this mergekit-evolve file says what is searched (genome, which is read as it "
+        "is), not on which tasks: those of lm-evaluation-harness are not run. Add "
+        "study: NAME, suite: {scorer: …, data: TASKS.jsonl, …} and budget: {trials: N} to it, or "
+        f"write them into a study file of their own beside genome: {Path(where).name}"
+    )
+
+
+def _read_genome(genome: object, folder: Path) -> GenomeConfig:
+    """The genome in plain values, or in the file of this name. Raises ValueError."""
+    if isinstance(genome, GenomeConfig):
+        return genome
+    if not isinstance(genome, str):
+        return GenomeConfig.model_validate(genome)
+    path = folder / Path(genome).expanduser()
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"genome: {path} cannot be read as YAML: {error}") from error
+    if isinstance(content, Mapping) and "genome" in content:
+        content = content["genome"]
+    try:
+        return GenomeConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_complaint({**item, "loc": ("genome", *item["loc"])}) for item in error.errors()]
+        raise ValueError(f"{path}: " + f"\n  {path}: ".join(lines)) from error
 
 
 def check_study_name(name: str, error: type[Exception] = ConfigError) -> None:
@@ -312,24 +385,37 @@ def _check_engine_keys(keys: Sequence[str], trusted: bool) -> None:
         raise ValueError("\n  ".join(mistakes))
 
 
-_SECTIONS: Mapping[str, type[BaseModel]] = {
-    "search_space": SpaceConfig,
-    "sampler": SamplerConfig,
-    "budget": BudgetConfig,
-    "suite": SuiteConfig,
-    "storage": StorageConfig,
+_SECTIONS: Mapping[str, Sequence[str]] = {
+    "search_space": SPACE_KEYS,
+    "stack": tuple(StackConfig.model_fields),
+    "genome": tuple(GenomeConfig.model_fields),
+    "sampler": tuple(SamplerConfig.model_fields),
+    "budget": tuple(BudgetConfig.model_fields),
+    "suite": tuple(SuiteConfig.model_fields),
+    "storage": tuple(StorageConfig.model_fields),
 }
+# Names in our models that are no keys of the file.
+_UNWRITTEN = ("inline", "reference", "numbers")
+
+
+def _known_keys(location: Sequence[str]) -> Sequence[str]:
+    """The keys that may stand where the last one of `location` does."""
+    *outer, _ = location
+    if not outer:
+        return tuple(StudyConfig.model_fields)
+    if outer[0] == "search_space" and len(outer) > 1 and outer[-1] != "stack":
+        return tuple(Bounds.model_fields)
+    return _SECTIONS.get(outer[-1], tuple(StudyConfig.model_fields))
 
 
 def _complaint(mistake: Mapping[str, Any]) -> str:
     """One mistake that pydantic found, in the words of the file."""
-    location = [str(part) for part in mistake["loc"] if part not in ("inline", "reference")]
+    location = [str(part) for part in mistake["loc"] if part not in _UNWRITTEN]
     place = ".".join(location)
     if mistake["type"] == "extra_forbidden":
-        section = _SECTIONS.get(location[0], StudyConfig) if len(location) > 1 else StudyConfig
-        return f"{place}: unknown key{nearest(location[-1], tuple(section.model_fields))}"
+        return f"{place}: unknown key{nearest(location[-1], _known_keys(location))}"
     if mistake["type"] == "missing":
         return f"{place}: is missing"
     message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix(f"{place}: ")
     given = "" if mistake["type"] == "value_error" else f" (given: {mistake['input']!r})"
-    return f"{place}: {message}{given}"
+    return f"{place}: {message}{given}" if place else f"{message}{given}"

@@ -37,7 +37,12 @@ def complaint(tmp_path: Path, content: object, *, trust_code: bool = False) -> s
 def test_a_minimal_study_has_the_defaults_of_the_design(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(MINIMAL))
     study = read_study(str(tmp_path / "study.yaml"))
-    assert study.search_space.bounds == (-0.5, 2.0)
+    assert study.search_space.to_fingerprint() == {
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 0,
+        "filters": [],
+        "weight": [-0.5, 2.0],
+    }
     assert study.sampler.model_dump() == {
         "name": "auto",
         "sigma0": 0.25,
