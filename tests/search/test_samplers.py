@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.search.samplers import CmaEs, Told
+from evomerge.search.samplers import CmaEs, Scaling, Told
 from evomerge.space import Genome
 
 POPULATION = 8
@@ -108,3 +108,60 @@ def test_genomes_far_outside_are_learned_from_as_they_are() -> None:
     again.tell(far)
     assert sampler.propose(8).tolist() == again.propose(8).tolist()
     assert np.abs(sampler.propose(8)).max() > 2
+
+
+MIXED = Scaling(np.array([1.0, 0.36, 2.0]), np.array([False, False, True]))
+
+
+def scaled(seed: int = 0) -> CmaEs:
+    start = np.array([0.5, 0.9, 1e-3])
+    return CmaEs(start=start, sigma0=0.25, population=POPULATION, seed=seed, scaling=MIXED)
+
+
+def test_each_gene_is_spread_in_its_own_units() -> None:
+    genomes = np.array([scaled().propose(number) for number in range(400)])
+    weights, densities, logarithms = genomes[:, 0], genomes[:, 1], np.log(genomes[:, 2])
+    assert (weights.mean(), weights.std()) == pytest.approx((0.5, 0.25), abs=0.04)
+    assert (densities.mean(), densities.std()) == pytest.approx((0.9, 0.09), abs=0.015)
+    assert (logarithms.mean(), logarithms.std()) == pytest.approx((np.log(1e-3), 0.5), abs=0.08)
+
+
+def test_a_scaled_sampler_that_is_told_the_log_proposes_what_the_first_one_would() -> None:
+    def top(genome: Sequence[float]) -> float:
+        weight, density, small = genome
+        return -((weight - 1.2) ** 2) - (density - 0.5) ** 2 - np.log(small / 0.03) ** 2
+
+    first, again = scaled(), scaled()
+    for block in range(40):
+        numbers = range(block * POPULATION, (block + 1) * POPULATION)
+        told = [Told(at, first.propose(at).tolist(), 0.0) for at in numbers]
+        told = [Told(one.number, one.genome, top(one.genome)) for one in told]
+        first.tell(told)
+        again.tell(told)
+    assert again.propose(999).tolist() == first.propose(999).tolist()
+    np.testing.assert_allclose(first.propose(999), [1.2, 0.5, 0.03], rtol=0.05)
+
+
+def test_steps_of_1_change_no_bit_of_a_proposal() -> None:
+    told = search(5, blocks=3)[1]
+    plain, unit = (
+        make(5),
+        CmaEs(
+            start=np.full(5, 0.5),
+            sigma0=0.25,
+            population=POPULATION,
+            seed=0,
+            scaling=Scaling.none(5),
+        ),
+    )
+    for block in told:
+        for candidate in block:
+            assert unit.propose(candidate.number).tolist() == candidate.genome
+        plain.tell(block)
+        unit.tell(block)
+
+
+def test_a_logarithmic_gene_stays_finite_however_far_it_is_drawn() -> None:
+    place = np.array([0.0, 0.0, 1e6])
+    assert np.isfinite(MIXED.genome(place)).all()
+    assert MIXED.genome(-place)[2] > 0

@@ -12,7 +12,7 @@ from evomerge.errors import ConfigError
 from evomerge.recipe import parse_recipe, read_recipe
 from evomerge.space import SearchSpace, SpaceConfig
 
-SHARED = Path(os.environ.get("EVOMERGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("EVOMERGE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PUBLISHED = SHARED / "published" / "llm-jp-3-13b_task_arithmetic.yaml"
 
 
@@ -55,7 +55,7 @@ def test_the_published_recipe_is_a_genome_and_made_from_it_again() -> None:
 
 
 def test_the_preset_is_the_search_that_the_published_recipe_came_from() -> None:
-    preset = Path(__file__).parents[1] / "search_spaces" / "llm-jp-3-13b-task-arithmetic.yaml"
+    preset = Path(__file__).parents[2] / "search_spaces" / "llm-jp-3-13b-task-arithmetic.yaml"
     study = yaml.safe_load(preset.read_text())
     searched = SearchSpace.build(
         SpaceConfig.model_validate(study["search_space"]),
