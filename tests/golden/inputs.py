@@ -27,9 +27,9 @@ def write_inputs(directory: Path) -> dict[str, str]:
 
 def _write_model(directory: Path, salt: int, *, tied: bool, qwen: bool) -> None:
     directory.mkdir(parents=True)
-    shapes = _shapes(tied=tied, qwen=qwen)
+    shapes = model_shapes(tied=tied, qwen=qwen)
     tensors = {
-        name: _numbers(shape, 1000 * salt + index)
+        name: scattered_numbers(shape, 1000 * salt + index)
         for index, (name, shape) in enumerate(shapes.items())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -40,16 +40,19 @@ def _write_model(directory: Path, salt: int, *, tied: bool, qwen: bool) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
-def _numbers(shape: tuple[int, ...], salt: int) -> torch.Tensor:
+def scattered_numbers(shape: tuple[int, ...], salt: int) -> torch.Tensor:
     """Numbers in [-0.5, 0.5) with 8 significant bits, scattered by a multiplicative hash."""
     count = int(torch.Size(shape).numel())
     places = torch.arange(1, count + 1, dtype=torch.int64) + 7919 * (salt + 1)
     return ((places * 2654435761 % 2**32 // 2**24 - 128) / 256).reshape(shape).to(torch.bfloat16)
 
 
-def _shapes(*, tied: bool, qwen: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
+def model_shapes(
+    *, tied: bool, qwen: bool = False, vocabulary: int = VOCABULARY, layers: int = LAYERS
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a tiny model by name, in the order of its parts."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for name, rows in (("q_proj", HIDDEN), ("k_proj", KEYS), ("v_proj", KEYS)):
             shapes[f"{prefix}.self_attn.{name}.weight"] = (rows, HIDDEN)
@@ -62,7 +65,7 @@ def _shapes(*, tied: bool, qwen: bool) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.input_layernorm.weight"] = (HIDDEN,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (HIDDEN,)
     shapes["model.norm.weight"] = (HIDDEN,)
-    return shapes if tied else shapes | {"lm_head.weight": (VOCABULARY, HIDDEN)}
+    return shapes if tied else shapes | {"lm_head.weight": (vocabulary, HIDDEN)}
 
 
 def _config(*, tied: bool, qwen: bool) -> dict[str, object]:
