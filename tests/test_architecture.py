@@ -39,7 +39,7 @@ LIBRARIES: dict[str, set[str]] = {
     "cma": {"search/samplers.py"},
     "gguf": {"merge/inputs.py"},
     "huggingface_hub": {"merge/inputs.py"},
-    "jinja2": {"evaluate/prompts.py"},
+    "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "optuna": {"search/mirror.py"},
     "pandas": set(),
     "peft": set(),
@@ -49,10 +49,14 @@ LIBRARIES: dict[str, set[str]] = {
     "torch": {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
         *("merge/materialize.py", "merge/methods.py", "merge/plan.py", "merge/statistics.py"),
+        "merge/vocabulary.py",
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },
-    "transformers": {"engine/tokenizer.py", "engine/transformers_engine.py", "merge/inputs.py"},
+    "transformers": {
+        *("engine/tokenizer.py", "engine/transformers_engine.py"),
+        *("merge/inputs.py", "merge/tokenizer.py"),
+    },
     "typer": {"cli.py"},
     "vllm": {
         *("engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"),

@@ -29,7 +29,8 @@ class PlanningEngine(Engine):
         self.checkpoints: Mapping[str, Checkpoint] = {
             name: Checkpoint.open(Path(name)) for name in names
         }
-        self.tokenizer = Tokenizer(config.model, trust_remote_code=self.trusts_remote_code)
+        self._served_tokenizer = Tokenizer(config.model, trust_remote_code=self.trusts_remote_code)
+        self.tokenizer = self._served_tokenizer
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._served = _shapes(self.plan(self._plain_recipe()))
 
@@ -50,6 +51,8 @@ class PlanningEngine(Engine):
         """Why the served model cannot become that of `plan` in place; None if it can."""
         if plan.dtype != self._dtype:
             return f"its dtype is {plan.dtype}, the engine's {self._dtype}"
+        if _has_own_tokenizer(plan):
+            return "its tokenizer or chat template is not the served model's"
         wanted = _shapes(plan)
         if differing := wanted.keys() ^ self._served.keys():
             return f"it and the served model do not both have the tensor {min(differing)}"
@@ -57,6 +60,16 @@ class PlanningEngine(Engine):
             if shape != self._served[name]:
                 return f"{name} has shape {shape}, in the served model {self._served[name]}"
         return None
+
+    def use_tokenizer_of(self, plan: MergePlan, directory: Path | None) -> None:
+        """Reads and writes text as the candidate of `plan` does; `directory` has its model's files.
+
+        That is as the served model does, wherever the recipe does not say otherwise.
+        """
+        if directory is None or not _has_own_tokenizer(plan):
+            self.tokenizer = self._served_tokenizer
+        else:
+            self.tokenizer = Tokenizer(str(directory), trust_remote_code=self.trusts_remote_code)
 
     def supports(self, recipe: Recipe) -> str | None:
         return self.obstacle(self.plan(recipe))
@@ -76,6 +89,10 @@ class PlanningEngine(Engine):
             self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             for prompt in prompts
         ]
+
+
+def _has_own_tokenizer(plan: MergePlan) -> bool:
+    return plan.vocabulary is not None or plan.chat_template is not None
 
 
 def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:

@@ -79,8 +79,9 @@ class TransformersEngine(PlanningEngine):
             if self._is_from_disk:  # that one has its own layers and ties
                 self.model, self._is_from_disk = self._open(self.config.model), False
             self._apply(plan)
+            self.use_tokenizer_of(plan, None)
         else:
-            self._load_from_disk(recipe)
+            self._load_from_disk(recipe, plan)
         self._version = plan.digest
         return Loaded(plan.digest, "live" if live else "disk", time.perf_counter() - start)
 
@@ -97,9 +98,10 @@ class TransformersEngine(PlanningEngine):
             if has_overflow(out):
                 raise CandidateError(f"{entry.name} has NaN or infinite values")
 
-    def _load_from_disk(self, recipe: Recipe) -> None:
+    def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         directory = write_candidate(recipe, self.config.scratch)
         self.model, self._is_from_disk = self._open(str(directory)), True
+        self.use_tokenizer_of(plan, directory)
 
     @property
     def max_model_len(self) -> int:

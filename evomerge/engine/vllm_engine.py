@@ -94,6 +94,7 @@ class VLLMEngine(PlanningEngine):
         self._llm = self._start(str(directory), live=False)
         self._llm.update_weight_version(plan.digest)
         self._version = plan.digest
+        self.use_tokenizer_of(plan, directory)
 
     @property
     def max_model_len(self) -> int:

@@ -99,6 +99,17 @@ TEMPLATES = {
 }
 
 
+def new_template(choice: str | None, folders: Sequence[Path], source: Path) -> str | None:
+    """What replaces the chat template of the tokenizer in `source`; None where it stays as it is.
+
+    `choice` is the recipe's `chat_template`, `folders` are the models'.
+    """
+    template = chosen_template(choice, folders)
+    if template is None or template.strip() == (read_template(source) or "").strip():
+        return None
+    return template
+
+
 def chosen_template(choice: str | None, folders: Sequence[Path]) -> str | None:
     """The template that a recipe's `chat_template` names; None where the tokenizer keeps its own.
 

@@ -108,7 +108,7 @@ class Checkpoint:
         """
         if not directory.is_dir():
             raise ConfigError(f"{directory}: there is no such model directory")
-        config = _read_json(directory / CONFIG_FILE)
+        config = read_json(directory / CONFIG_FILE)
         single, index = directory / SINGLE_FILE, directory / INDEX_FILE
         if single.is_file():  # before an index, as transformers has it
             tensors = _read_headers(single)
@@ -271,7 +271,8 @@ def _small_files(directory: Path) -> list[Path]:
     return [file for file in (*named, *templates) if file.is_file()]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model's JSON file; ConfigError where it is missing or none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -357,7 +358,7 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _read_indexed_headers(index: Path) -> dict[str, TensorHeader]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map")
     by_file = {name: _indexed_file(index, name) for name in sorted(set(weight_map.values()))}

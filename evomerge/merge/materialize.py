@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import (
     GENERATION_FILE,
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
     Checkpoint,
     disk_failure,
     published,
+    read_json,
     refuse_existing,
     require_tokenizer,
     total_bytes,
@@ -27,6 +26,7 @@ from evomerge.merge.checkpoint import (
 from evomerge.merge.kernels import merge_entry
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
+from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.recipe import Recipe
 
 RECIPE_FILE = "mergekit_config.yml"
@@ -56,15 +56,18 @@ def materialize(
         checkpoints = open_checkpoints(recipe)
     plan = make_plan(recipe, checkpoints, seed=seed)
     donor = checkpoints[plan.donor].directory
-    _refuse_inputs_as_output(directory, checkpoints)
-    require_tokenizer(donor)
+    tokenizer = plan.vocabulary.source if plan.vocabulary else donor
+    _refuse_inputs_as_output(
+        directory, [checkpoint.directory for checkpoint in checkpoints.values()] + [tokenizer]
+    )
+    require_tokenizer(tokenizer)
     _require_space(directory, plan)
     with published(directory, overwrite=overwrite) as partial:
         write_sharded(
             partial, plan.entries, merged_tensors(plan, checkpoints), max_shard_size=max_shard_size
         )
         try:
-            _copy_tokenizer_and_code(donor, partial)
+            _write_tokenizer_and_code(partial, donor, plan)
             _write_texts(partial, donor, plan, recipe, extra_files or {})
         except OSError as error:
             raise disk_failure(partial, error) from error
@@ -79,7 +82,7 @@ def merged_tensors(
     Raises CandidateError where a number of the output is NaN or infinite.
     """
     for entry in plan.entries:
-        inputs = [checkpoints[tensor.model].read(tensor.name) for tensor in entry.inputs]
+        inputs = plan.read_inputs(entry, checkpoints)
         out = torch.empty(entry.shape, dtype=entry.dtype)
         merge_entry(out, entry, inputs)
         if has_overflow(out):
@@ -87,13 +90,13 @@ def merged_tensors(
         yield entry.name, out
 
 
-def _refuse_inputs_as_output(directory: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
+def _refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
     output = directory.resolve()
-    for name, checkpoint in checkpoints.items():
-        source = checkpoint.directory.resolve()
+    for folder in inputs:
+        source = folder.resolve()
         if output == source or output in source.parents:
             raise ConfigError(
-                f"{directory}: holds {name}, which goes into the merge; choose another folder"
+                f"{directory}: holds {folder}, which goes into the merge; choose another folder"
             )
 
 
@@ -107,14 +110,12 @@ def _require_space(directory: Path, plan: MergePlan) -> None:
         )
 
 
-def _copy_tokenizer_and_code(donor: Path, directory: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (donor / name).is_file():
-            shutil.copyfile(donor / name, directory / name)
+def _write_tokenizer_and_code(directory: Path, donor: Path, plan: MergePlan) -> None:
+    vocabulary = plan.vocabulary
+    source, texts = (vocabulary.source, vocabulary.texts) if vocabulary else (donor, None)
+    write_tokenizer(directory, source, texts, plan.chat_template)
     for code in donor.glob("*.py"):  # of a model that brings its own (auto_map in its config)
         shutil.copyfile(code, directory / code.name)
-    if (donor / TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(donor / TEMPLATE_FOLDER, directory / TEMPLATE_FOLDER)
 
 
 def _write_texts(
@@ -122,7 +123,7 @@ def _write_texts(
 ) -> None:
     texts = {
         "config.json": _as_json(plan.config),
-        GENERATION_FILE: _generation_config(donor, plan.config),
+        GENERATION_FILE: _generation_config(donor, plan),
         RECIPE_FILE: recipe.to_yaml(),
         **extra_files,
     }
@@ -130,12 +131,15 @@ def _write_texts(
         (directory / name).write_text(text, encoding="utf-8")
 
 
-def _generation_config(donor: Path, config: Mapping[str, Any]) -> str:
+def _generation_config(donor: Path, plan: MergePlan) -> str:
     """The donor's, or else the token ids of its config, as transformers derives it."""
     file = donor / GENERATION_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    tokens = {key: config[key] for key in _TOKEN_KEYS if config.get(key) is not None}
+        text = file.read_text(encoding="utf-8")
+        if plan.vocabulary is None:
+            return text
+        return _as_json(plan.vocabulary.configured(read_json(file), plan.donor))
+    tokens = {key: plan.config[key] for key in _TOKEN_KEYS if plan.config.get(key) is not None}
     return _as_json({"_from_model_config": True, **tokens})
 
 

@@ -10,16 +10,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.architecture import Architecture, stacked_config
+from evomerge.merge.chat_template import new_template
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
 from evomerge.merge.methods import METHODS, Blend, recall_nothing
+from evomerge.merge.vocabulary import Vocabulary, build_vocabulary, is_by_token
 from evomerge.merge_rules import MethodRules, Parameter
 from evomerge.recipe import Body, Recipe, Slice, Source
 from evomerge.settings import Settings, as_flag, as_float, resolve
@@ -49,6 +52,8 @@ class PlanEntry:
     inputs[i + 1]; for linear weights[i] belongs to inputs[i]; for passthrough there is one input
     and no weight. Else `method` is a merge method and `numbers` its arguments by name; with
     `has_base` inputs[0] is the base, and tuples among them have a number for each other input.
+    `by_token` says that there is a row for each token: the plan's vocabulary, if it has one, puts
+    the inputs into its order.
     """
 
     name: str
@@ -59,22 +64,36 @@ class PlanEntry:
     weights: tuple[float, ...]
     has_base: bool = False
     numbers: Mapping[str, Number | tuple[Number, ...]] | None = None
+    by_token: bool = False
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """All output tensors from input to output, and what the model is but for its tensors.
 
-    `config` is the content of config.json; `donor` the model whose tokenizer files go with it;
-    `dtype` the widest of the entries'; `digest` a hash of entries and config, the same in every
-    process.
+    `config` is the content of config.json; `donor` the model whose other files go with it, its
+    tokenizer among them where `vocabulary` is None; `chat_template` replaces that of the tokenizer.
+    `dtype` is the widest of the entries'; `digest` a hash of all this, the same in every process.
     """
 
     entries: tuple[PlanEntry, ...]
     config: Mapping[str, Any]
     donor: str
+    vocabulary: Vocabulary | None
+    chat_template: str | None
     dtype: torch.dtype
     digest: str
+
+    def read_inputs(self, entry: PlanEntry, checkpoints: Mapping[str, Checkpoint]) -> list[Tensor]:
+        """The tensors that go into `entry`, all of its shape; they must not be written to.
+
+        They are mapped from their files, but for those of models whose tokens are others: copies.
+        """
+        tensors = [checkpoints[source.model].read(source.name) for source in entry.inputs]
+        if self.vocabulary is None or not entry.by_token:
+            return tensors
+        models = [source.model for source in entry.inputs]
+        return self.vocabulary.align(models, tensors, entry.dtype)
 
 
 def open_checkpoints(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -89,17 +108,26 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
     ConfigError where recipe and checkpoints do not fit together, CandidateError where only the
     weights are at fault (not finite, or a sum near 0 that is to be normalised).
     """
-    if recipe.tokenizer or recipe.chat_template or recipe.tokenizer_source not in (None, "base"):
-        raise ConfigError("tokenizer and chat_template are not supported yet; leave them out")
     architectures = {name: _architecture(name, checkpoints) for name in recipe.model_names()}
     _refuse_mixed_models(architectures, checkpoints)
-    parts = _parts(recipe, architectures)
+    donor = recipe.model_names()[0]
+    vocabulary = build_vocabulary(recipe, checkpoints)
+    if vocabulary is not None and vocabulary.is_that_of(checkpoints[donor].directory):
+        vocabulary = None
+    parts = _parts(recipe, architectures, vocabulary)
     groups = [group for part in parts for group in part.groups()]
     entries = tuple(_entry(group, recipe, seed) for group in groups)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
-    donor = recipe.model_names()[0]
     config = _output_config(architectures[donor], parts, dtype)
-    return MergePlan(entries, config, donor, dtype, _digest(entries, config))
+    if vocabulary is not None:
+        config = vocabulary.configured(config, donor)
+    folders = [checkpoints[name].directory for name in recipe.model_names()]
+    template = new_template(
+        recipe.chat_template, folders, vocabulary.source if vocabulary else folders[0]
+    )
+    words = [vocabulary.digest if vocabulary else None, template]
+    digest = _digest(entries, config, words)
+    return MergePlan(entries, config, donor, vocabulary, template, dtype, digest)
 
 
 @dataclass(frozen=True)
@@ -107,10 +135,13 @@ class _Group:
     """The tensors that become one output tensor, before the weights are looked up.
 
     `inputs` are the source tensors with their shape and the parameters of their source, in the
-    order of listing; `depth` is the place in [0, 1] where gradients are read.
+    order of listing; `depth` is the place in [0, 1] where gradients are read; `shape` and
+    `by_token` are the output's, as in a PlanEntry.
     """
 
     name: str
+    shape: tuple[int, ...]
+    by_token: bool
     inputs: tuple[tuple[SourceTensor, TensorHeader, Settings], ...]
     part: _Part
     depth: float
@@ -131,6 +162,7 @@ class _Part:
     first_output_layer: int
     is_first: bool
     is_last: bool
+    vocabulary: Vocabulary | None
 
     @property
     def num_layers(self) -> int:
@@ -193,14 +225,22 @@ class _Part:
             yield name, [by_name[name] for by_name in tensors]
 
     def _group(self, name: str, headers: Sequence[TensorHeader], depth: float) -> _Group:
-        shapes = {header.shape for header in headers}
+        by_token = is_by_token(headers[0].name, self.architectures[0])
+        shapes = {self._output_shape(header, by_token=by_token) for header in headers}
         if len(shapes) > 1:
             raise ConfigError(self._shape_message(name, headers))
+        if by_token and self.vocabulary is not None:
+            self.vocabulary.require(name, [source.model for source in self.sources])
         inputs = tuple(
             (SourceTensor(source.model, header.name), header, source.parameters)
             for source, header in zip(self.sources, headers, strict=True)
         )
-        return _Group(name, inputs, self, depth)
+        return _Group(name, shapes.pop(), by_token, inputs, self, depth)
+
+    def _output_shape(self, header: TensorHeader, *, by_token: bool) -> tuple[int, ...]:
+        if by_token and self.vocabulary is not None:
+            return (self.vocabulary.size, *header.shape[1:])
+        return header.shape
 
     def _shape_message(self, name: str, headers: Sequence[TensorHeader]) -> str:
         shapes = ", ".join(
@@ -208,12 +248,19 @@ class _Part:
             for source, header in zip(self.sources, headers, strict=True)
         )
         hint = ""
-        if name in (self.architectures[0].head, self.architectures[0].embedding):
-            hint = "; the models have vocabularies of different size"
+        if is_by_token(headers[0].name, self.architectures[0]) and self.vocabulary is None:
+            hint = (
+                "; the models have vocabularies of different size: tokenizer_source: union (or "
+                "base) merges them by token"
+            )
         return f"{self.where}: {name} has different shapes: {shapes}{hint}"
 
 
-def _parts(recipe: Recipe, architectures: Mapping[str, Architecture]) -> list[_Part]:
+def _parts(
+    recipe: Recipe,
+    architectures: Mapping[str, Architecture],
+    vocabulary: Vocabulary | None,
+) -> list[_Part]:
     place, body = _only_body(recipe)
     slices = body.slices or (_models_as_slice(recipe, body, architectures),)
     parts: list[_Part] = []
@@ -231,6 +278,7 @@ def _parts(recipe: Recipe, architectures: Mapping[str, Architecture]) -> list[_P
                 first_output_layer=first_output_layer,
                 is_first=index == 0,
                 is_last=index == len(slices) - 1,
+                vocabulary=vocabulary,
             )
         )
         first_output_layer += part.sources[0].num_layers
@@ -328,9 +376,16 @@ def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
     base = [tensor for tensor, _, _ in group.inputs if tensor.model == group.part.base]
     others = [entry for entry in group.inputs if entry[0].model != group.part.base]
     inputs = (*base, *(tensor for tensor, _, _ in others))
-    shape, dtype = group.inputs[0][1].shape, _dtype(group, recipe)
+    entry = partial(
+        PlanEntry,
+        name=group.name,
+        shape=group.shape,
+        dtype=_dtype(group, recipe),
+        inputs=inputs,
+        by_token=group.by_token,
+    )
     if not others:  # nothing to compare the base with
-        return PlanEntry(group.name, shape, dtype, "passthrough", inputs, ())
+        return entry(method="passthrough", weights=())
     numbers = _numbers(group, rules, others)
     if rules.whole:
         for name, value in numbers.items():
@@ -338,11 +393,9 @@ def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
                 _require_float32(group, name, number or 0.0)
         if rules.random:
             numbers["seed"] = _tensor_seed(seed, group.name)
-        return PlanEntry(
-            group.name, shape, dtype, recipe.merge_method, inputs, (), bool(base), numbers
-        )
+        return entry(method=recipe.merge_method, weights=(), has_base=bool(base), numbers=numbers)
     blend = _blend(group, recipe.merge_method, numbers)
-    return PlanEntry(group.name, shape, dtype, blend.kernel, inputs, blend.weights)
+    return entry(method=blend.kernel, weights=blend.weights)
 
 
 def _blend(group: _Group, method: str, numbers: Mapping[str, Number | tuple[Number, ...]]) -> Blend:
@@ -448,7 +501,9 @@ def _output_config(
 _NOT_THE_OUTPUTS = ("torch_dtype", "_name_or_path")
 
 
-def _digest(entries: Sequence[PlanEntry], config: Mapping[str, Any]) -> str:
+def _digest(
+    entries: Sequence[PlanEntry], config: Mapping[str, Any], words: Sequence[str | None]
+) -> str:
     plain = [
         [
             *(e.name, e.shape, str(e.dtype), e.method, [[t.model, t.name] for t in e.inputs]),
@@ -456,4 +511,4 @@ def _digest(entries: Sequence[PlanEntry], config: Mapping[str, Any]) -> str:
         ]
         for e in entries
     ]
-    return hashlib.sha256(json.dumps([plain, config], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain, config, words], sort_keys=True).encode()).hexdigest()

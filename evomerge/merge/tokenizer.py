@@ -21,9 +21,7 @@ from evomerge.merge.checkpoint import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
-    Checkpoint,
 )
-from evomerge.recipe import Recipe
 
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -370,17 +368,16 @@ def _set_template(directory: Path, template: str) -> None:
         (directory / _CONFIG_FILE).write_text(_as_text(settings), encoding="utf-8")
 
 
-def different_tokenizers(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | None:
-    """A warning where a recipe without a tokenizer key merges rows of different tokens; else None.
+def different_tokenizers(folders: Mapping[str, Path]) -> str | None:
+    """A warning where the models in `folders` have different tokens; else None.
 
-    As in mergekit the rows then go by number. Files with the same bytes are not read.
+    Without a tokenizer in the recipe their rows are merged by number, as in mergekit. Files with
+    the same bytes are not read.
     """
-    if recipe.tokenizer_source is not None or recipe.tokenizer is not None:
-        return None
     files = {
-        name: file
-        for name in recipe.model_names()
-        if (file := checkpoints[name].directory / _TOKENIZER_FILE).is_file()
+        name: folder / _TOKENIZER_FILE
+        for name, folder in folders.items()
+        if (folder / _TOKENIZER_FILE).is_file()
     }
     first, *others = files or [""]
     different = [name for name in others if not _same_tokens(files[first], files[name])]

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.merge.architecture import Architecture
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.tokenizer import (
     Tokenizer,
     check_readable,
+    different_tokenizers,
     files_of,
     has_tokenizer,
     read_tokenizer,
@@ -35,7 +37,6 @@ from evomerge.merge.tokenizer import (
 )
 from evomerge.recipe import ModelToken, Recipe, TokenChoice
 
-_HEAD_TENSOR = re.compile(r"(.*\.)?lm_head\.(weight|bias)|embed_out\.weight|output\.weight")
 # Keys of config.json and generation_config.json whose values are token ids.
 _ID_KEY = re.compile(r".*_token_ids?|.*_token_index|(begin_)?suppress_tokens|bad_words_ids")
 _MISSING = -1
@@ -71,6 +72,17 @@ class Vocabulary:
     _choices: Mapping[int, _Choice]
     _old_sizes: Mapping[str, int]
     _roles: Mapping[str, int]
+
+    def is_that_of(self, folder: Path) -> bool:
+        """Whether it is the tokenizer in `folder` as it is, and that of every model, row by row."""
+        same = torch.arange(self.size)
+        return (
+            self.source == folder
+            and self.texts is None
+            and not any(choice.force for choice in self._choices.values())
+            and all(rows == self.size for rows in self._old_sizes.values())
+            and all(torch.equal(rows, same) for rows in self.rows.values())
+        )
 
     def require(self, tensor: str, models: Sequence[str]) -> None:
         """Raises ConfigError where `tensor`, merged of `models`, lacks a token's chosen source."""
@@ -233,9 +245,20 @@ def _parts(mask: Tensor) -> Sequence[Tensor]:
     return torch.split(mask.nonzero()[:, 0], _ROWS_AT_ONCE)
 
 
-def is_by_token(name: str, embedding: str) -> bool:
-    """Whether a tensor has one row per token; `embedding` is the input embeddings' name."""
-    return name == embedding or _HEAD_TENSOR.fullmatch(name) is not None
+def is_by_token(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor of a model of this architecture has one row per token."""
+    head = architecture.head
+    return name in (architecture.embedding, head, head.removesuffix("weight") + "bias")
+
+
+def tokenizer_notes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    """What to warn of before a merge: a missing tokenizer, or tokens merged by number."""
+    vocabulary = build_vocabulary(recipe, checkpoints)
+    if vocabulary is not None:
+        return vocabulary.notes
+    folders = {name: checkpoints[name].directory for name in recipe.model_names()}
+    note = different_tokenizers(folders)
+    return () if note is None else (note,)
 
 
 def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Vocabulary | None:
@@ -252,7 +275,7 @@ def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> V
         return None
     models = recipe.model_names()
     folders = {model: checkpoints[model].directory for model in models}
-    sizes = {model: _embedding_rows(checkpoints[model]) for model in models}
+    sizes = {model: checkpoints[model].architecture.embedding_header.shape[0] for model in models}
     read_too = [] if source in ("union", "base") or source in models else [Path(source)]
     request = _Request(
         source=source,
@@ -414,8 +437,3 @@ def _renumbered(value: Any, new_ids: Mapping[int, int], fallback: int | None) ->
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return value
     return new_ids.get(value, fallback)
-
-
-def _embedding_rows(checkpoint: Checkpoint) -> int:
-    architecture = checkpoint.architecture
-    return architecture.before[architecture.embedding].shape[0]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize
+from evomerge.merge.plan import open_checkpoints
+from evomerge.merge.vocabulary import tokenizer_notes
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
 
@@ -27,10 +29,14 @@ def merge_recipe(
     folders = {name: str(inputs.resolve(name)) for name in recipe.references()}
     known = {folder: CardModel(name, inputs.hub_ids(name)) for name, folder in folders.items()}
     resolved = recipe.with_models(folders)
+    checkpoints = open_checkpoints(resolved)
+    for note in tokenizer_notes(resolved, checkpoints):
+        inputs.say(f"warning: {note}")
     texts = {"README.md": model_card(out.name, resolved, known), RECIPE_FILE: verbatim}
     return materialize(
         resolved,
         out,
+        checkpoints=checkpoints,
         extra_files=texts,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
