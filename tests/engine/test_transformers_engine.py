@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import GenerationSettings
@@ -43,6 +44,43 @@ def test_another_layer_count_is_loaded_from_disk(tmp_path: Path) -> None:
         assert engine.supports(recipe) is not None
         assert engine.load(recipe).how == "disk"
         assert len(answers(engine)) == len(PROMPTS)
+
+
+def test_a_candidate_with_its_own_tokenizer_reads_and_writes_with_it(tmp_path: Path) -> None:
+    one = tiny.llama(tmp_path / "one", layers=2, chat=True)
+    other = tiny.llama(tmp_path / "other", layers=2, vocabulary=262, seed=1, chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<|end|>"
+    tokenizer.save_pretrained(other)
+    mapping = {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in (one, other)],
+        "tokenizer_source": str(other),
+        "dtype": "bfloat16",
+    }
+    recipe = recipe_from_mapping(mapping, "test")
+    plain = recipe_from_mapping(
+        {"merge_method": "passthrough", "models": [{"model": str(one)}]}, ""
+    )
+    templated = recipe_from_mapping(plain.to_mapping() | {"chat_template": "chatml"}, "test")
+    chat = [{"role": "user", "content": "Hi"}]
+    with start("transformers", one, [str(other)], scratch=tmp_path / "scratch") as engine:
+        before, served = engine.render(chat), answers(engine)
+        assert "tokenizer" in str(engine.supports(recipe))
+        assert engine.load(recipe).how == "disk"
+        assert engine.render(chat) == "Hi<|end|>"
+        assert engine.count_tokens("Hi<|end|>", add_special_tokens=False) == 3
+        merged = answers(engine)
+        assert engine.load(templated).how == "disk"
+        assert engine.render(chat).startswith("<|im_start|>user")
+        assert engine.load(plain).how == "live"
+        assert engine.render(chat) == before != "Hi<|end|>"
+        assert engine.count_tokens("Hi<|end|>", add_special_tokens=False) > 3
+        assert answers(engine) == served
+    materialize(recipe, tmp_path / "merged")
+    with start("transformers", tmp_path / "merged", []) as fresh:
+        assert answers(fresh) == merged
 
 
 def test_stop_strings_end_an_answer_and_are_not_in_it(tmp_path: Path) -> None:
