@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merge import statistics
-from evomerge.merge.statistics import Cut, Histogram, Values
+from evomerge.merge.statistics import Cut, Histogram, Values, mark
 
 T = TypeVar("T")
 Kernel = Callable[[Tensor, Sequence[Tensor], Tensor], None]
@@ -604,8 +604,7 @@ def arcee_fusion(base: Tensor | None, inputs: Sequence[Tensor], *, recall: Recal
 
     D is the divergence Σ p·log(p/q) of each row (along the last dimension), p and q the softmax of
     x and b, plus 1e-8. The quartiles are the sorted numbers at the indices int(f·(n−1)); they are
-    exact for every size, where mergekit draws a million numbers from larger tensors. Elements
-    fused are x to the last bit.
+    exact for every size, where mergekit draws a million numbers from larger tensors.
     Source: Arcee Fusion, https://arcee.ai.
     """
     assert base is not None
@@ -625,8 +624,8 @@ def arcee_fusion(base: Tensor | None, inputs: Sequence[Tensor], *, recall: Recal
 
     def fill(out: Tensor, start: int, stop: int) -> None:
         for first, end in _ranges(start, stop, 1, out.device):
-            taken = importance(first, end) >= threshold
-            fused = torch.where(taken, tuned_values(first, end), base_values(first, end))
+            taken = mark(torch.ge, importance(first, end), threshold)
+            fused = taken * tuned_values(first, end) + (1.0 - taken) * base_values(first, end)
             out[first - start : end - start].copy_(fused)
 
     return Pieces(fill)
@@ -636,7 +635,7 @@ def arcee_fusion(base: Tensor | None, inputs: Sequence[Tensor], *, recall: Recal
 def nearswap(base: Tensor | None, inputs: Sequence[Tensor], *, t: float, recall: Recall) -> Pieces:
     """b + λ·(x − b) with λ = min(1, t / max(|x − b|, 1e-6)): a step of at most t towards x.
 
-    t ≥ 0; elements nearer than t become x to the last bit.
+    t ≥ 0; elements nearer than t become x exactly.
     Source: QuartetAnemoi, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001.
     """
     del recall
@@ -648,8 +647,9 @@ def nearswap(base: Tensor | None, inputs: Sequence[Tensor], *, t: float, recall:
             origin, tuned = base_values(first, end), tuned_values(first, end)
             delta = tuned - origin
             share = t / delta.abs().clamp_(min=1e-6)
-            swapped = torch.where(share >= 1.0, tuned, origin + share * delta)
-            out[first - start : end - start].copy_(swapped)
+            near = mark(torch.ge, share, 1.0)
+            stepped = origin + share.clamp_(max=1.0) * delta
+            out[first - start : end - start].copy_(near * tuned + (1.0 - near) * stepped)
 
     return Pieces(fill)
 
@@ -829,7 +829,7 @@ def _combined(
 
 @dataclass(frozen=True)
 class _Keep:
-    """Which elements of a difference stay: mask(its range from `start` on, start).
+    """Which elements of a difference stay: mask(its range from `start` on, start) is 1 or 0 there.
 
     `key` holds every number that the choice depends on; `step` is what ranges are multiples of.
     """
@@ -874,7 +874,7 @@ class _TaskVectors:
 
         def mask(delta: Tensor, start: int) -> Tensor:
             magnitudes = delta.abs()
-            return outer.holds(magnitudes, start) & ~inner.holds(magnitudes, start)
+            return outer.holds(magnitudes, start) - inner.holds(magnitudes, start)
 
         return _Keep(("middle", outliers, kept), mask)
 
@@ -1022,20 +1022,20 @@ def _agreeing(terms: Sequence[Tensor], divisors: Sequence[float] | None, smalles
     bfloat16 make many of them. With `divisors`, one per term, it is divided by the sum of those of
     the summed terms, where that is not below `smallest`.
     """
-    dtype = terms[0].dtype
     total = functools.reduce(torch.add, terms)
     whole = functools.reduce(torch.add, (term.abs() for term in terms))
-    positive = total >= whole.mul_(-8.0 * torch.finfo(dtype).eps)
-    sign = positive.to(dtype).mul_(2.0).sub_(1.0)
+    positive = mark(torch.ge, total, whole.mul_(-8.0 * torch.finfo(total.dtype).eps))
+    sign = positive.mul_(2.0).sub_(1.0)
     total = torch.zeros_like(total)
     divisor = torch.zeros_like(total)
     for index, term in enumerate(terms):
         agreeing = term.mul_(sign).clamp_(min=0.0)
         total += agreeing
         if divisors is not None:
-            divisor.add_((agreeing > 0.0).to(dtype), alpha=divisors[index])
+            divisor += mark(torch.gt, agreeing, 0.0).mul_(divisors[index])
     if divisors is not None:
-        total /= torch.where(divisor.abs() <= smallest, 1.0, divisor)
+        none = mark(torch.le, divisor.abs(), smallest)
+        total /= divisor * (1.0 - none) + none
     return total.mul_(sign)
 
 
@@ -1100,13 +1100,14 @@ def _sce_pieces(
             if cut is not None:
                 held = cut.holds(spread(first, end), first)
                 deltas = [delta.mul_(held) for delta in deltas]
-            positive = functools.reduce(torch.add, deltas) >= 0.0
-            total = torch.zeros_like(deltas[0])
-            divisor = torch.zeros_like(total)
+            sign = mark(torch.ge, functools.reduce(torch.add, deltas), 0.0).mul_(2.0).sub_(1.0)
+            total = torch.zeros_like(sign)
+            divisor = torch.zeros_like(sign)
             for delta, weight in zip(deltas, weights, strict=True):
-                agreeing = torch.where(positive, delta > 0.0, delta < 0.0)
-                total += delta.mul_(agreeing).mul_(weight)
-                divisor.add_(agreeing.to(delta.dtype), alpha=weight)
+                agreeing = delta.mul_(sign).clamp_(min=0.0)
+                divisor += mark(torch.gt, agreeing, 0.0).mul_(weight)
+                total += agreeing.mul_(weight)
+            total.mul_(sign)
             out[first - start : end - start].copy_(
                 origin(first, end) + total / divisor.clamp_(min=1e-6)
             )
@@ -1155,14 +1156,14 @@ def _active_mean(
     def fill(out: Tensor, start: int, stop: int) -> None:
         for first, end in _ranges(start, stop, 1, out.device):
             deltas = [vector(first, end) for vector in vectors]
-            active = [delta.abs() > epsilon for delta in deltas]
-            count = functools.reduce(torch.add, (one.to(deltas[0].dtype) for one in active))
+            active = [mark(torch.gt, delta.abs(), epsilon) for delta in deltas]
+            count = functools.reduce(torch.add, active)
             total = torch.zeros_like(count)
             for delta, here, factor in zip(deltas, active, factors, strict=True):
                 kept = delta.mul_(here)
                 total += kept
                 if factor != 1.0:
-                    total += kept.mul_(count == 1.0).mul_(factor - 1.0)
+                    total += kept.mul_(mark(torch.eq, count, 1.0)).mul_(factor - 1.0)
             out[first - start : end - start].copy_(
                 origin(first, end) + total / count.clamp_(min=1.0)
             )
@@ -1172,13 +1173,15 @@ def _active_mean(
 
 def _overlaps(vectors: Sequence[Values], size: int, epsilon: float) -> list[tuple[int, int]]:
     """For each difference: how many active elements it shares, and how many it has alone."""
-    counts = torch.zeros(len(vectors), 2, dtype=torch.int64)
+    counts = [[0, 0] for _ in vectors]
     for first, end in _ranges(0, size, 1, vectors[0](0, 0).device):
-        active = torch.stack([vector(first, end).abs_() > epsilon for vector in vectors])
-        shared = active.sum(0) > 1
-        counts[:, 0] += (active & shared).sum(1).cpu()
-        counts[:, 1] += (active & ~shared).sum(1).cpu()
-    return [(int(both), int(alone)) for both, alone in counts]
+        active = [mark(torch.gt, vector(first, end).abs_(), epsilon) for vector in vectors]
+        alone = mark(torch.eq, functools.reduce(torch.add, active), 1.0)
+        for count, here in zip(counts, active, strict=True):
+            here_alone = int((here * alone).sum())
+            count[0] += int(here.sum()) - here_alone
+            count[1] += here_alone
+    return [(shared, alone) for shared, alone in counts]
 
 
 def has_overflow(tensor: Tensor) -> bool:
