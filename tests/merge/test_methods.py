@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from evomerge import merge_rules
-from evomerge.merge import methods
+from evomerge.merge import methods, statistics
 from evomerge.merge.kernels import merge_into
-from evomerge.merge.methods import METHODS, Blend, recall_nothing
+from evomerge.merge.methods import METHODS, Blend, Pieces, recall_nothing
 from tests.merge import float64_methods
 
 T = TypeVar("T")
@@ -245,3 +246,272 @@ def test_the_bits_do_not_depend_on_how_the_output_is_cut(
     for cuts in ([160], [161, 4801, 4803], list(range(7, 15000, 1501))):
         cut = merged(name, base if has_base(name) else None, inputs, cuts=cuts, **given)
         assert torch.equal(cut, whole)
+
+
+LARGE = (300, 500)  # several ranges, and more than one thread's share of a library's sum
+
+
+def large_tensors(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    base = 0.02 * torch.randn(LARGE, generator=generator)
+    tuned = [base + 0.001 * torch.randn(LARGE, generator=generator) for _ in range(count)]
+    return [tensor.bfloat16() for tensor in (base, *tuned)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    case: tuple[str, int, dict[str, Any]],
+) -> None:
+    name, count, given = case
+    base, *inputs = large_tensors(count)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            results.append(merged(name, base if has_base(name) else None, inputs, **given))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "della", "sce", "arcee_fusion"])
+def test_pieces_may_be_filled_at_once(name: str) -> None:
+    base, *inputs = large_tensors(merge_rules.METHODS[name].inputs[1] or 2)
+    given: dict[str, Any] = {"select_topk": 0.5} if name == "sce" else {}
+    if name in ("ties", "dare_ties", "della"):
+        given = {"weight": 0.7, "density": 0.4}
+    numbers = numbers_of(name, len(inputs), given)
+    rest = METHODS[name](base, inputs, recall=recall_nothing, **numbers)
+    assert isinstance(rest, Pieces)
+    out = torch.empty(base.numel(), dtype=base.dtype)
+    step = 30 * 500  # whole rows, which all of them take
+
+    def fill(start: int) -> None:
+        rest.fill(out[start : start + step], start, min(start + step, out.numel()))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, range(0, out.numel(), step)))
+    assert torch.equal(out.view(LARGE), merged(name, base, inputs, **given))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_recalled_statistics_change_no_bit(case: tuple[str, int, dict[str, Any]]) -> None:
+    name, count, given = case
+    base, *inputs = tensors(count)
+    base_or_none = base if has_base(name) else None
+    kept: dict[Hashable, Any] = {}
+
+    def recall(key: Hashable, compute: Callable[[], T], /) -> T:
+        if key not in kept:
+            kept[key] = compute()
+        result: T = kept[key]
+        return result
+
+    # Other numbers first: a key that lacks one of them would bring back their statistics.
+    others = {
+        key: value
+        for key, value in {
+            **{"density": 0.25, "epsilon": 0.07 if count > 1 else 0.05, "gamma": 0.05},
+            **{"select_topk": 0.6, "weight": 0.3, "seed": 5},
+        }.items()
+        if merge_rules.METHODS[name].parameter(key) or (key == "seed" and is_random(name))
+    }
+    merged(name, base_or_none, inputs, recall=recall, **{**given, **others})
+    for _ in range(2):
+        again = merged(name, base_or_none, inputs, recall=recall, **given)
+        assert torch.equal(again, merged(name, base_or_none, inputs, **given))
+
+
+def is_random(name: str) -> bool:
+    return merge_rules.METHODS[name].random
+
+
+def test_of_equal_magnitudes_the_lowest_indices_stay() -> None:
+    base, tuned = torch.zeros(3, 4), torch.tensor([1.0, -2, 2, 1, -1, 2, 0, 1, 1, -1, 1, 0])
+    kept = merged("ties", base, [tuned.view(3, 4)], weight=1.0, density=0.5, normalize=False)
+    assert kept.flatten().tolist() == [1, -2, 2, 1, -1, 2, 0, 0, 0, 0, 0, 0]
+    kept = merged("breadcrumbs", base, [tuned.view(3, 4)], weight=1.0, density=0.5, gamma=0.17)
+    assert kept.flatten().tolist() == [1, 0, 0, 1, -1, 2, 0, 1, 1, 0, 0, 0]
+    moved = [tuned.view(3, 4), torch.zeros(3, 4)]
+    kept = merged("sce", base, moved, select_topk=0.5)  # 10 elements vary, 5 are taken
+    assert kept.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distinct", [3, 1000, 10**9])
+def test_the_largest_are_those_of_a_stable_sort(dtype: torch.dtype, distinct: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    count = 300_000  # more than one piece
+    numbers = torch.randint(distinct, (count,), generator=generator).to(dtype) / 7
+    order = torch.sort(numbers, descending=True, stable=True).indices
+
+    def values(start: int, stop: int) -> Tensor:
+        return numbers[start:stop]
+
+    leading = statistics.leading_digits(values, count)
+    assert statistics.zeros(values, count, leading) == int((numbers == 0).sum())
+    for k in (0, 1, 2, 99_999, 150_000, 299_999, 300_000):
+        cut = statistics.largest(values, count, k, leading)
+        expected = torch.zeros(count, dtype=dtype)
+        expected[order[:k]] = 1
+        held = [cut.holds(values(a, min(a + 7777, count)), a) for a in range(0, count, 7777)]
+        assert torch.equal(torch.cat(held), expected), k
+
+
+def test_rows_and_columns_have_the_dot_products_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(2)
+    matrices = [torch.randn(37, 1000, generator=generator) for _ in range(3)]
+    vectors = [lambda a, b, m=m: m.view(-1)[a:b] for m in matrices]
+    wide = torch.stack(matrices).double()
+    rows, columns = (
+        torch.einsum("irc,jrc->ijr", wide, wide),
+        torch.einsum("irc,jrc->ijc", wide, wide),
+    )
+    torch.testing.assert_close(statistics.row_gram(vectors, 37, 1000), rows)
+    torch.testing.assert_close(statistics.column_gram(vectors, 37, 1000), columns)
+    whole = torch.from_numpy(statistics.gram(vectors, 37_000))
+    torch.testing.assert_close(whole, rows.sum(2), rtol=1e-14, atol=1e-10)
+
+
+# ---- Cases whose result is plain ----
+
+
+# Those whose weights need not sum to 1, and the one that scales, give something else.
+AVERAGES = [
+    case
+    for case in CASES
+    if case[0] not in ("passthrough", "linear") and case[2].get("normalize_weights", True)
+]
+
+
+@pytest.mark.parametrize("case", AVERAGES, ids=case_id)
+def test_models_equal_to_the_base_give_the_base(case: tuple[str, int, dict[str, Any]]) -> None:
+    name, count, given = case
+    base = tensors(0)[0]
+    result = merged(name, base if has_base(name) else None, [base.clone()] * count, **given)
+    assert torch.equal(result, base)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties", "della", "della_linear"])
+def test_density_0_drops_all_and_1_keeps_all(name: str) -> None:
+    base, tuned = tensors(1)
+    assert torch.equal(merged(name, base, [tuned], weight=1.0, density=0.0), base)
+    assert torch.equal(merged(name, base, [tuned], weight=1.0, density=1.0), tuned)
+
+
+def test_the_ends_of_the_arc_are_the_models() -> None:
+    base, tuned = tensors(1, salt=4)
+    other = tuned.flip(0)  # far from the base, so that it is an arc
+    assert torch.equal(merged("slerp", base, [other], t=0.0), base)
+    assert torch.equal(merged("slerp", base, [other], t=1.0), other)
+    assert torch.equal(merged("nuslerp", None, [base, other], weight=[1.0, 0.0]), base)
+
+
+def test_directions_that_cancel_have_a_linear_or_no_result() -> None:
+    base = tensors(0)[0].float()
+    halves = merged("multislerp", None, [base, -base / 2], weight=0.5)
+    torch.testing.assert_close(halves, base / 4)
+    with pytest.raises(ValueError, match="cancel"):
+        merged("multislerp", None, [base, -base, base * 2, -base], weight=0.25)
+    opposite = merged("nuslerp", None, [base, -base], weight=[3.0, 1.0])
+    torch.testing.assert_close(opposite, base / 2)
+
+
+@pytest.mark.parametrize(("name", "key"), [("linear", "normalize"), ("multislerp", "eps")])
+def test_weights_that_sum_to_0_are_refused(name: str, key: str) -> None:
+    base, *inputs = tensors(2)
+    del base
+    with pytest.raises(ValueError, match="cannot be normalised"):
+        merged(name, None, inputs, weight=[0.5, -0.5], **({key: True} if key != "eps" else {}))
+
+
+def test_weights_that_cancel_divide_nothing() -> None:
+    base, first, second, third = tensors(3)
+    weights = [0.1, 0.2, -0.3]
+    result = merged("ties", base, [first, second, third], weight=weights, density=1.0)
+    assert float((result - base).abs().max()) < 0.1
+
+
+def test_inputs_without_a_direction_count_in_the_mean_length_alone() -> None:
+    base, first, second = (tensor.float() for tensor in tensors(2))
+    two = merged("karcher", None, [first, second])
+    three = merged("karcher", None, [first, second, torch.zeros_like(base)])
+    torch.testing.assert_close(three, two * 2 / 3)
+    nothing = merged("karcher", None, [torch.zeros_like(base)] * 2)
+    assert not nothing.any()
+
+
+# ---- Random methods ----
+
+
+def test_what_is_kept_at_a_density_is_kept_at_a_higher_one() -> None:
+    base, tuned = torch.zeros(LARGE), torch.ones(LARGE)
+    kept = [
+        merged("dare_linear", base, [tuned], weight=1.0, density=d, rescale=False).bool()
+        for d in (0.1, 0.3, 0.31, 0.8)
+    ]
+    for few, more in itertools.pairwise(kept):
+        assert not (few & ~more).any()
+    # The standard deviation of each share is below 0.0013.
+    for share, d in zip(kept, (0.1, 0.3, 0.31, 0.8), strict=True):
+        assert abs(float(share.double().mean()) - d) < 0.005
+
+
+def test_seeds_and_inputs_draw_numbers_of_their_own() -> None:
+    base, tuned = torch.zeros(LARGE), torch.ones(LARGE)
+    numbers: dict[str, Any] = {"weight": 1.0, "density": 0.5, "rescale": False}
+    first = merged("dare_linear", base, [tuned], seed=1, **numbers)
+    assert torch.equal(first, merged("dare_linear", base, [tuned], seed=1, **numbers))
+    other = merged("dare_linear", base, [tuned], seed=2, **numbers)
+    both = merged("dare_linear", base, [tuned, tuned], seed=1, **numbers)
+    # Independent halves agree in one half of the places.
+    assert abs(float((first == other).double().mean()) - 0.5) < 0.01
+    assert torch.equal((both - first).clamp(0, 1), both - first)
+    assert abs(float((both == 1.0).double().mean()) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear", "breadcrumbs", "ties"])
+def test_rescaled_differences_have_the_length_that_they_had(name: str) -> None:
+    base, tuned = (tensor.float() for tensor in tensors(1))
+    numbers: dict[str, Any] = {"weight": 1.0, "density": 0.4, "rescale": True, "normalize": False}
+    result = merged(name, base, [tuned], dtype=torch.float64, **numbers)
+    assert float((result - base).abs().sum() / (tuned - base).double().abs().sum()) == (
+        pytest.approx(1.0, abs=1e-5)
+    )
+
+
+def test_della_keeps_the_larger_ones_more_often() -> None:
+    base = torch.zeros(400, 500)
+    tuned = torch.linspace(1.0, 2.0, 500).expand(400, 500)
+    numbers: dict[str, Any] = {"density": 0.5, "epsilon": 0.3, "rescale": False}
+    kept = merged("della_linear", base, [tuned], weight=1.0, **numbers).bool().double()
+    shares = kept.view(400, 5, 100).mean((0, 2))
+    torch.testing.assert_close(
+        shares, torch.tensor([0.26, 0.38, 0.5, 0.62, 0.74]).double(), rtol=0, atol=0.01
+    )
+
+
+def test_della_goes_on_where_probabilities_leave_the_unit_interval_or_a_row_is_one_element() -> (
+    None
+):
+    base, tuned = torch.zeros(1, 1000), torch.linspace(1.0, 2.0, 1000).view(1, 1000)
+    numbers: dict[str, Any] = {"weight": 1.0, "rescale": False}
+    kept = merged("della_linear", base, [tuned], density=0.9, epsilon=0.3, **numbers).bool()
+    assert kept[0, 700:].all()
+    assert 0.55 < float(kept[0, :100].double().mean()) < 0.75
+    columns = merged(
+        "della_linear", base.view(1000, 1), [tuned.view(1000, 1)], density=0.3, **numbers
+    )
+    assert abs(float(columns.bool().double().mean()) - 0.3) < 0.06
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 1), (2, 3, 5)])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_shape_has_a_result(case: tuple[str, int, dict[str, Any]], shape: Any) -> None:
+    name, count, given = case
+    generator = torch.Generator().manual_seed(9)
+    base, *inputs = (torch.randn(shape, generator=generator) for _ in range(count + 1))
+    result = merged(name, base if has_base(name) else None, inputs, **given)
+    assert result.shape == shape
+    assert result.isfinite().all()
