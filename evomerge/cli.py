@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError
-from evomerge.resources import PresetKind, data_root, preset_names
+from evomerge.resources import PRESET_WORDS, PresetKind, locate, preset_file, preset_names
 
 if TYPE_CHECKING:
     from evomerge.report.results import Results
@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 presets_app = typer.Typer(
-    help="The searches and suites that ship with evomerge.", rich_markup_mode=None
+    help="The searches, mixtures and suites that ship with evomerge.", rich_markup_mode=None
 )
 app.add_typer(presets_app, name="presets")
 
@@ -50,6 +50,9 @@ OverwriteOption = Annotated[
 ]
 LenientOption = Annotated[
     bool, typer.Option("--lenient", help="Drop keys and parameters that nobody knows.")
+]
+ShardSizeOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
 ]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
 TrialsOption = Annotated[
@@ -219,9 +222,7 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Any mergekit YAML.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     *,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
-    ] = "5GB",
+    max_shard_size: ShardSizeOption = "5GB",
     seed: Annotated[
         int, typer.Option(metavar="N", help="For methods that draw at random (dare, della).")
     ] = 0,
@@ -252,9 +253,51 @@ def merge(
     print(out)
 
 
+@app.command()
+def moe(
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG.yaml|PRESET", help="Any mergekit-moe YAML, or a preset."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    *,
+    seed: Annotated[int, typer.Option(help="For random gates and noise.")] = 0,
+    max_shard_size: ShardSizeOption = "5GB",
+    lenient: Annotated[
+        bool,
+        typer.Option("--lenient", help="Warn of unknown keys and of equal experts, and go on."),
+    ] = False,
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Build a mixture of experts from dense models, as a complete model folder."""
+    shard_bytes = parse_size(max_shard_size)
+    from evomerge.merge.checkpoint import refuse_existing
+    from evomerge.merge.inputs import InputModels
+    from evomerge.moe_config import read_moe_config
+    from evomerge.report.moe import build_moe
+
+    file = locate(config, "mixtures")
+    wanted = read_moe_config(file, lenient=lenient, say=_say)
+    refuse_existing(out.absolute(), overwrite=overwrite)
+    inputs = InputModels(storage_directory(storage), say=_say)
+    with _mistakes_of(file), _stdout_for_results():
+        build_moe(
+            wanted,
+            out,
+            inputs,
+            verbatim=file.read_text(encoding="utf-8"),
+            seed=seed,
+            max_shard_size=shard_bytes,
+            overwrite=overwrite,
+            say=_say,
+        )
+    print(out)
+
+
 @presets_app.callback(invoke_without_command=True)
 def presets(context: typer.Context) -> None:
-    """The searches and suites that ship with evomerge."""
+    """The searches, mixtures and suites that ship with evomerge."""
     if context.invoked_subcommand is None:
         list_presets()
 
@@ -262,9 +305,8 @@ def presets(context: typer.Context) -> None:
 @presets_app.command("list")
 def list_presets() -> None:
     """All presets: name, kind, first line."""
-    for name, path in _preset_files().items():
-        kind = "study" if path.parent.name == "search_spaces" else "suite"
-        print(f"{name:<36} {kind}  {_first_comment(path)}")
+    for name, (kind, path) in _presets().items():
+        print(f"{name:<36} {PRESET_WORDS[kind]:<7}  {_first_comment(path)}")
 
 
 @presets_app.command("show")
@@ -307,18 +349,20 @@ def storage_directory(option: Path | None, study: StudyConfig | None = None) -> 
     return Path(named).expanduser()
 
 
-def _preset_files() -> dict[str, Path]:
-    kinds: tuple[PresetKind, ...] = ("search_spaces", "evaluators")
+def _presets() -> dict[str, tuple[PresetKind, Path]]:
+    """Kind and file of every preset by its name."""
     return {
-        name: data_root() / kind / f"{name}.yaml" for kind in kinds for name in preset_names(kind)
+        name: (kind, preset_file(name, kind))
+        for kind in PRESET_WORDS
+        for name in preset_names(kind)
     }
 
 
 def _preset_file(name: str) -> Path:
-    files = _preset_files()
-    if name not in files:
-        raise ConfigError(f"{name}: no preset of this name; there are: {', '.join(files)}")
-    return files[name]
+    presets = _presets()
+    if name not in presets:
+        raise ConfigError(f"{name}: no preset of this name; there are: {', '.join(presets)}")
+    return presets[name][1]
 
 
 def _first_comment(path: Path) -> str:

@@ -1,16 +1,23 @@
-"""Where the files are that ship with evomerge: presets of searches and suites, storage helpers."""
+"""Where the files are that ship with evomerge: searches, mixtures, suites, storage helpers."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import ConfigError
 
-PresetKind = Literal["search_spaces", "evaluators"]
+PresetKind = Literal["search_spaces", "mixtures", "evaluators"]
 
-_WORDS: dict[PresetKind, str] = {"search_spaces": "study", "evaluators": "suite"}
+PRESET_WORDS: dict[PresetKind, str] = {
+    "search_spaces": "study",
+    "mixtures": "mixture",
+    "evaluators": "suite",
+}
+# Mixtures of experts stand beside the studies; this key tells them apart.
+_MIXTURE_KEY = re.compile(r"^experts\s*:", re.MULTILINE)
 
 
 def data_root() -> Path:
@@ -25,7 +32,23 @@ def data_root() -> Path:
 
 def preset_names(kind: PresetKind) -> list[str]:
     """The bare names of the presets of `kind`, sorted."""
-    return sorted(path.stem for path in (data_root() / kind).glob("*.yaml"))
+    return sorted(path.stem for path in _folder(kind).glob("*.yaml") if _is_of(kind, path))
+
+
+def preset_file(name: str, kind: PresetKind) -> Path:
+    """Where the preset `name` of `kind` is, if there is one."""
+    return _folder(kind) / f"{name}.yaml"
+
+
+def _folder(kind: PresetKind) -> Path:
+    return data_root() / ("search_spaces" if kind == "mixtures" else kind)
+
+
+def _is_of(kind: PresetKind, path: Path) -> bool:
+    if kind == "evaluators":
+        return True
+    is_mixture = _MIXTURE_KEY.search(path.read_text(encoding="utf-8")) is not None
+    return is_mixture == (kind == "mixtures")
 
 
 def is_bare_name(reference: str) -> bool:
@@ -44,18 +67,18 @@ def locate(reference: str, kind: PresetKind) -> Path:
     path = Path(reference).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path}: this {_WORDS[kind]} file {what}")
+        raise ConfigError(f"{path}: this {PRESET_WORDS[kind]} file {what}")
     return path
 
 
 def _preset(name: str, kind: PresetKind) -> Path:
     names = preset_names(kind)
     if name in names:
-        return data_root() / kind / f"{name}.yaml"
+        return preset_file(name, kind)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     available = ", ".join(names) or "none"
     raise ConfigError(
-        f"{name}: no {_WORDS[kind]} preset of this name; {hint}available: {available} "
+        f"{name}: no {PRESET_WORDS[kind]} preset of this name; {hint}available: {available} "
         f"(a file of yours is given with its suffix or folder, as ./{name}.yaml)"
     )

@@ -22,16 +22,17 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"errors", "merge_rules"},
     "recipe": {"errors", "merge_rules", "settings", "strict_yaml"},
     "space": {"errors", "merge_rules", "recipe", "settings"},
-    "merge": {"errors", "merge_rules", "recipe", "settings"},
+    "moe_config": {"errors", "recipe", "settings", "strict_yaml"},
+    "merge": {"errors", "merge_rules", "recipe", "settings", "moe_config"},
     "engine": {"errors", "recipe", "merge"},
     "evaluate": {"errors", "strict_yaml", "resources", "database", "engine.base"},
     "search": {
         *("errors", "strict_yaml", "resources", "database", "recipe", "space"),
         *("merge", "engine", "evaluate"),
     },
-    "report": {"errors", "recipe", "space", "merge", "evaluate", "search"},
+    "report": {"errors", "recipe", "moe_config", "space", "merge", "engine", "evaluate", "search"},
     "__main__": {"cli"},
-    "cli": {"errors", "resources", "recipe", "merge", "search", "report"},
+    "cli": {"errors", "resources", "recipe", "moe_config", "merge", "search", "report"},
 }
 
 # Each big library, and the files that may know it.
@@ -48,13 +49,13 @@ LIBRARIES: dict[str, set[str]] = {
     "sqlalchemy": {"database.py", "evaluate/ledger.py", "search/log.py"},
     "torch": {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
-        *("merge/materialize.py", "merge/methods.py", "merge/plan.py", "merge/statistics.py"),
-        "merge/vocabulary.py",
+        *("merge/materialize.py", "merge/methods.py", "merge/moe.py", "merge/plan.py"),
+        *("merge/statistics.py", "merge/vocabulary.py", "engine/gates.py"),
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },
     "transformers": {
-        *("engine/tokenizer.py", "engine/transformers_engine.py"),
+        *("engine/gates.py", "engine/tokenizer.py", "engine/transformers_engine.py"),
         *("merge/inputs.py", "merge/tokenizer.py"),
     },
     "typer": {"cli.py"},

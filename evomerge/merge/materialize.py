@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import (
     GENERATION_FILE,
     Checkpoint,
+    TensorSpec,
     disk_failure,
     published,
     read_json,
@@ -57,11 +58,11 @@ def materialize(
     plan = make_plan(recipe, checkpoints, seed=seed)
     donor = checkpoints[plan.donor].directory
     tokenizer = plan.vocabulary.source if plan.vocabulary else donor
-    _refuse_inputs_as_output(
+    refuse_inputs_as_output(
         directory, [checkpoint.directory for checkpoint in checkpoints.values()] + [tokenizer]
     )
     require_tokenizer(tokenizer)
-    _require_space(directory, plan)
+    require_space(directory, plan.entries)
     with published(directory, overwrite=overwrite) as partial:
         write_sharded(
             partial, plan.entries, merged_tensors(plan, checkpoints), max_shard_size=max_shard_size
@@ -90,7 +91,8 @@ def merged_tensors(
         yield entry.name, out
 
 
-def _refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
+def refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
+    """Raises ConfigError where `directory` is, or holds, one of the folders that go in."""
     output = directory.resolve()
     for folder in inputs:
         source = folder.resolve()
@@ -100,9 +102,10 @@ def _refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def _require_space(directory: Path, plan: MergePlan) -> None:
+def require_space(directory: Path, specs: Sequence[TensorSpec]) -> None:
+    """Raises ConfigError where the disk of `directory` has no room for tensors of these `specs`."""
     parent = next(path for path in directory.parents if path.exists())
-    needed, free = total_bytes(plan.entries), shutil.disk_usage(parent).free
+    needed, free = total_bytes(specs), shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
             f"{directory}: the model needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
@@ -122,7 +125,7 @@ def _write_texts(
     directory: Path, donor: Path, plan: MergePlan, recipe: Recipe, extra_files: Mapping[str, str]
 ) -> None:
     texts = {
-        "config.json": _as_json(plan.config),
+        "config.json": as_json(plan.config),
         GENERATION_FILE: _generation_config(donor, plan),
         RECIPE_FILE: recipe.to_yaml(),
         **extra_files,
@@ -132,16 +135,21 @@ def _write_texts(
 
 
 def _generation_config(donor: Path, plan: MergePlan) -> str:
-    """The donor's, or else the token ids of its config, as transformers derives it."""
+    file = donor / GENERATION_FILE
+    if file.is_file() and plan.vocabulary is not None:
+        return as_json(plan.vocabulary.configured(read_json(file), plan.donor))
+    return generation_config(donor, plan.config)
+
+
+def generation_config(donor: Path, config: Mapping[str, Any]) -> str:
+    """The donor's, or else the token ids of `config`, as transformers derives it."""
     file = donor / GENERATION_FILE
     if file.is_file():
-        text = file.read_text(encoding="utf-8")
-        if plan.vocabulary is None:
-            return text
-        return _as_json(plan.vocabulary.configured(read_json(file), plan.donor))
-    tokens = {key: plan.config[key] for key in _TOKEN_KEYS if plan.config.get(key) is not None}
-    return _as_json({"_from_model_config": True, **tokens})
+        return file.read_text(encoding="utf-8")
+    tokens = {key: config[key] for key in _TOKEN_KEYS if config.get(key) is not None}
+    return as_json({"_from_model_config": True, **tokens})
 
 
-def _as_json(content: Mapping[str, Any]) -> str:
+def as_json(content: Mapping[str, Any]) -> str:
+    """`content` as the text of a file."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

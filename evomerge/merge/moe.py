@@ -1,0 +1,642 @@
+"""Mixtures of experts from dense models: Mixtral, Qwen2-MoE and Qwen3-MoE directories.
+
+Attention, norms and embeddings are the base model's; the MLPs of the experts stand side by side in
+every layer, and a gate (one row per expert) says which of them a token goes through:
+y = Σₑ pₑ · MLPₑ(x) over the k largest of p = softmax(gate · x), scaled to sum 1 (Jiang et al. 2024,
+arXiv:2401.04088, §2.1). Weights are stored expert by expert under the names that the first models
+of each kind have on the hub: transformers, vLLM and GGUF converters all read those.
+"""
+
+# Shape letters: L = layers, E = experts, S = shared experts, H = hidden size
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.errors import CandidateError, ConfigError, nearest
+from evomerge.merge.checkpoint import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    Checkpoint,
+    TensorHeader,
+    disk_failure,
+    published,
+    refuse_existing,
+    require_tokenizer,
+    write_sharded,
+)
+from evomerge.merge.materialize import (
+    as_json,
+    generation_config,
+    refuse_inputs_as_output,
+    require_space,
+)
+from evomerge.merge.methods import has_overflow
+from evomerge.merge.tokenizer import write_tokenizer
+from evomerge.moe_config import Expert, MoEConfig
+
+MOE_CONFIG_FILE = "mergekit_moe_config.yml"
+# Above it the gates of a layer are so alike that some expert is hardly ever chosen (mergekit's).
+LARGEST_CONDITION = 5.0
+
+_STACK = "model.layers"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_MLP = {f"mlp.{projection}.weight" for projection in _PROJECTIONS}
+_NORMS_AND_PROJECTIONS = frozenset(
+    {
+        *("input_layernorm.weight", "post_attention_layernorm.weight"),
+        *(f"self_attn.{letter}_proj.weight" for letter in "qkvo"),
+    }
+)
+_BIASES = frozenset(f"self_attn.{letter}_proj.bias" for letter in "qkv")
+
+# What transformers takes where an (old) config.json is silent; other classes have other defaults.
+_COMMON_DEFAULTS: Mapping[str, object] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+# Keys of dense configs that mean nothing to a mixture, or something else.
+_DENSE_KEYS = (
+    *("auto_map", "pretraining_tp", "mlp_bias", "attention_bias", "layer_types"),
+    *("use_sliding_window", "max_window_layers", "sliding_window", "_name_or_path"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model class names and configures a mixture.
+
+    `block` is what a layer calls it, `names` what the experts call the dense projections;
+    `attention` are the other tensors of a layer that the class knows.
+    """
+
+    model_type: str
+    model_class: str
+    block: str
+    names: Mapping[str, str]
+    attention: frozenset[str]
+    count_key: str
+    has_shared_gate: bool = False
+
+
+_DENSE_NAMES = {projection: projection for projection in _PROJECTIONS}
+MIXTRAL = Layout(
+    "mixtral",
+    "MixtralForCausalLM",
+    "block_sparse_moe",
+    {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    _NORMS_AND_PROJECTIONS,
+    "num_local_experts",
+)
+QWEN2_MOE = Layout(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    "mlp",
+    _DENSE_NAMES,
+    _NORMS_AND_PROJECTIONS | _BIASES,
+    "num_experts",
+    has_shared_gate=True,
+)
+QWEN3_MOE = Layout(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    "mlp",
+    _DENSE_NAMES,
+    _NORMS_AND_PROJECTIONS
+    | _BIASES
+    | {"self_attn.o_proj.bias", "self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+    "num_experts",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of mixture as `architecture:` names it, and what it can be made of."""
+
+    name: str
+    inputs: tuple[str, ...]
+    least_shared: int
+    most_shared: int
+    gates_shared: bool = False
+
+
+# In the order in which they are tried. mergekit's names, of which any beginning will do.
+KINDS = (
+    Kind("mixtral", ("llama", "mistral"), 0, 0),
+    Kind("deepseek moe", ("llama", "mistral"), 0, 1),
+    Kind("qwen moe", ("llama", "mistral", "qwen2"), 1, 1, gates_shared=True),
+    Kind("qwen3 moe", ("qwen3",), 0, 0),
+)
+_OTHER_NAMES = {"qwen2": "qwen", "qwen2 moe": "qwen moe", "qwen2moe": "qwen moe"}
+
+
+@dataclass(frozen=True)
+class MoETensor:
+    """One tensor of the output, and what computes it when its turn to be written comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class MoEPlan:
+    """All output tensors from input to output, and the content of config.json.
+
+    `notes` are sentences about what differs from the base or from mergekit, for the user.
+    """
+
+    tensors: tuple[MoETensor, ...]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def materialize_moe(
+    config: MoEConfig,
+    directory: Path,
+    *,
+    checkpoints: Mapping[str, Checkpoint],
+    gates: Tensor | None = None,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Writes the mixture of `config` to `directory`, which appears only when it is whole.
+
+    `checkpoints` are its models by name; `gates` as for `plan_moe`; `tokenizer` is the folder of
+    another tokenizer than the base's. Memory needed is a few tensors. Raises ConfigError before any
+    work where configuration, models, disk or directory do not allow it; CandidateError where an
+    output number is NaN or infinite.
+    """
+    directory = directory.absolute()
+    refuse_existing(directory, overwrite=overwrite)
+    plan = plan_moe(config, checkpoints, gates=gates, seed=seed)
+    for note in plan.notes:
+        say(note)
+    base = checkpoints[config.base_model].directory
+    tokenizer = tokenizer or base
+    inputs = [checkpoint.directory for checkpoint in checkpoints.values()]
+    refuse_inputs_as_output(directory, [*inputs, tokenizer])
+    require_tokenizer(tokenizer)
+    require_space(directory, plan.tensors)
+    with published(directory, overwrite=overwrite) as partial:
+        write_sharded(partial, plan.tensors, moe_tensors(plan), max_shard_size=max_shard_size)
+        try:
+            write_tokenizer(partial, tokenizer, None, None)
+            texts = {
+                CONFIG_FILE: as_json(plan.config),
+                GENERATION_FILE: generation_config(base, plan.config),
+                **(extra_files or {}),
+            }
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise disk_failure(partial, error) from error
+    return directory
+
+
+def moe_tensors(plan: MoEPlan) -> Iterator[tuple[str, Tensor]]:
+    """The plan's tensors on the CPU, one after another.
+
+    Raises CandidateError where a number is NaN or infinite.
+    """
+    for tensor in plan.tensors:
+        out = tensor.make().to(tensor.dtype)
+        if has_overflow(out):
+            raise CandidateError(f"{tensor.name}: has NaN or infinite numbers")
+        yield tensor.name, out
+
+
+def plan_moe(
+    config: MoEConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    gates: Tensor | None = None,
+    seed: int = 0,
+) -> MoEPlan:
+    """What `config` makes of `checkpoints`, from headers alone.
+
+    `gates` (float32, [L, E + S, H]) are gates that somebody made from prompts; without them they
+    are drawn as gate_mode says, from `seed` and the tensor's name: the same on every run. Raises
+    ConfigError where configuration and models do not fit together.
+    """
+    assert (gates is not None) == config.has_learned_gates
+    builder = _checked(config, checkpoints, gates, seed)
+    kind, layout = builder.kind, builder.layout
+    notes = [*_window_notes(builder), *_kind_notes(kind, layout)]
+    if gates is not None:
+        notes += _gate_notes(gates[:, : len(config.experts)])
+    return MoEPlan(tuple(builder.tensors()), builder.config(), tuple(notes))
+
+
+def check_moe(config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raises ConfigError where configuration and models do not fit together."""
+    _checked(config, checkpoints)
+
+
+def gated_experts(config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> tuple[Expert, ...]:
+    """The experts that need a row of the gates, in the rows' order: shared ones last, if at all."""
+    kind = choose_kind(config, checkpoints)
+    return (*config.experts, *(config.shared_experts if kind.gates_shared else ()))
+
+
+def _checked(
+    config: MoEConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    gates: Tensor | None = None,
+    seed: int = 0,
+) -> _Builder:
+    kind = choose_kind(config, checkpoints)
+    builder = _Builder(config, checkpoints, _layout(kind, config), kind, gates, seed)
+    builder.check()
+    return builder
+
+
+def choose_kind(config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> Kind:
+    """The kind of mixture that `architecture` asks for, or else the first that fits.
+
+    Raises ConfigError where none fits, with the reason of each that was tried.
+    """
+    wanted = _kinds_named(config.architecture)
+    reasons = {kind.name: _obstacle(kind, config, checkpoints) for kind in wanted}
+    for kind in wanted:
+        if reasons[kind.name] is None:
+            return kind
+    described = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ConfigError(f"no mixture of these models is possible: {described}")
+
+
+def _kinds_named(architecture: str | None) -> tuple[Kind, ...]:
+    if architecture is None:
+        return KINDS
+    plain = " ".join(architecture.lower().replace("_", " ").replace("-", " ").split())
+    plain = _OTHER_NAMES.get(plain, plain)
+    found = tuple(kind for kind in KINDS if plain and kind.name.startswith(plain))
+    if not found:
+        names = [kind.name for kind in KINDS]
+        raise ConfigError(f"architecture: {architecture!r} is not known{nearest(plain, names)}")
+    return found
+
+
+def _obstacle(kind: Kind, config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> str | None:
+    """Why `config` cannot become a mixture of this kind; None where it can."""
+    base_type = _model_type(checkpoints[config.base_model])
+    if base_type not in kind.inputs:
+        return f"is made of {' or '.join(kind.inputs)}, but {config.base_model} is {base_type}"
+    for name in config.model_names():
+        other = _model_type(checkpoints[name])
+        if other != base_type:
+            return f"takes models of one type, but {name} is {other} and the base {base_type}"
+    count = len(config.shared_experts)
+    if not kind.least_shared <= count <= kind.most_shared:
+        right = (
+            f"exactly {kind.most_shared}" if kind.least_shared else f"at most {kind.most_shared}"
+        )
+        return f"has {right} shared expert{'s' * (kind.most_shared != 1)}, not {count}"
+    for index, expert in enumerate(config.shared_experts):
+        asks = bool(expert.positive_prompts or expert.negative_prompts)
+        if kind.gates_shared and config.has_learned_gates and not expert.positive_prompts:
+            return f"shared_experts.{index}: positive_prompts: at least one is needed for its gate"
+        if not kind.gates_shared and asks:
+            return f"shared_experts.{index}: has prompts, but this kind has no gate for it"
+    return None
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.config.get("model_type"))
+
+
+def _layout(kind: Kind, config: MoEConfig) -> Layout:
+    if kind.name == "deepseek moe":
+        # Without a shared expert it is Mixtral's function. With one, no class of transformers has
+        # Llama's attention, softmax gates and an ungated shared expert; Qwen2-MoE is exactly that
+        # where the shared gate is 0 (sigmoid(0) = 1/2) and the shared down projection doubled.
+        return QWEN2_MOE if config.shared_experts else MIXTRAL
+    return {"mixtral": MIXTRAL, "qwen moe": QWEN2_MOE, "qwen3 moe": QWEN3_MOE}[kind.name]
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """One mixture on its way from configuration to tensors."""
+
+    moe: MoEConfig
+    checkpoints: Mapping[str, Checkpoint]
+    layout: Layout
+    kind: Kind
+    gates: Tensor | None
+    seed: int
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.checkpoints[self.moe.base_model]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the configuration, else of the base's config, else of its embeddings."""
+        named = self.moe.dtype or self.base.config.get("dtype", self.base.config.get("torch_dtype"))
+        found = getattr(torch, str(named).removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):
+            return found
+        return self.base.architecture.embedding_header.dtype
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one expert's projections, which every layer of every expert has."""
+        return {name: self.base.architecture.layers[0][name].shape for name in sorted(_MLP)}
+
+    def check(self) -> None:
+        """Raises ConfigError where a model has tensors or shapes that the output cannot hold."""
+        _check_base(self.moe.base_model, self.base, self.layout)  # it is where shapes come from
+        for name in self.moe.model_names():
+            _check_expert(name, self.checkpoints[name], self.moe.base_model, self.base, self.shapes)
+        if self.layout is QWEN2_MOE:
+            _check_head_size(self.moe.base_model, self.base)
+
+    def tensors(self) -> Iterator[MoETensor]:
+        """The output tensors from input to output."""
+        architecture = self.base.architecture
+        yield from map(self._copy, architecture.before.values())
+        for index in range(architecture.num_layers):
+            yield from self._layer(index)
+        yield from map(self._copy, architecture.after.values())
+
+    def _layer(self, index: int) -> Iterator[MoETensor]:
+        layer = self.base.architecture.layers[index]
+        yield from (self._copy(header) for rest, header in layer.items() if rest not in _MLP)
+        if self.layout is QWEN2_MOE:  # vLLM and llama.cpp expect them of every model of this class
+            yield from self._zero_biases(layer)
+        block = f"{_STACK}.{index}.{self.layout.block}"
+        count = len(self.moe.experts)
+        yield self._gate(f"{block}.gate.weight", index, slice(0, count))
+        for number, expert in enumerate(self.moe.experts):
+            yield from self._expert(f"{block}.experts.{number}", self.layout.names, expert, index)
+        for expert in self.moe.shared_experts:
+            name = f"{block}.shared_expert_gate.weight"
+            if self.kind.gates_shared:
+                yield self._gate(name, index, slice(count, count + 1))
+            else:
+                yield MoETensor(
+                    name, (1, self._hidden), self.dtype, partial(torch.zeros, 1, self._hidden)
+                )
+            yield from self._expert(
+                f"{block}.shared_expert",
+                _DENSE_NAMES,
+                expert,
+                index,
+                factor=1.0 if self.kind.gates_shared else 2.0,
+            )
+
+    @property
+    def _hidden(self) -> int:
+        return self.shapes["mlp.gate_proj.weight"][1]
+
+    def _copy(self, header: TensorHeader) -> MoETensor:
+        make = partial(self.base.read, header.name)
+        return MoETensor(header.name, header.shape, self.dtype, make)
+
+    def _zero_biases(self, layer: Mapping[str, TensorHeader]) -> Iterator[MoETensor]:
+        for rest in sorted(_BIASES - layer.keys()):
+            weight = layer[rest.replace("bias", "weight")]
+            name = weight.name.replace(".weight", ".bias")
+            rows = weight.shape[0]
+            yield MoETensor(name, (rows,), self.dtype, partial(torch.zeros, rows))
+
+    def _gate(self, name: str, layer: int, rows: slice) -> MoETensor:
+        shape = (rows.stop - rows.start, self._hidden)
+        if self.gates is not None:
+            given = self.gates[layer, rows]
+            assert tuple(given.shape) == shape, "gates of another model"
+            return MoETensor(name, shape, self.dtype, given.clone)
+        make = partial(random_gate, self.moe.gate_mode, name, shape, self.seed)
+        return MoETensor(name, shape, self.dtype, make)
+
+    def _expert(
+        self,
+        prefix: str,
+        names: Mapping[str, str],
+        expert: Expert,
+        layer: int,
+        factor: float = 1.0,
+    ) -> Iterator[MoETensor]:
+        checkpoint = self.checkpoints[expert.source_model]
+        for projection in _PROJECTIONS:
+            header = checkpoint.architecture.layers[layer][f"mlp.{projection}.weight"]
+            name = f"{prefix}.{names[projection]}.weight"
+            scale = 1.0
+            if projection == "down_proj":
+                scale = factor * (1.0 if expert.residual_scale is None else expert.residual_scale)
+            make = partial(
+                expert_weight,
+                partial(checkpoint.read, header.name),
+                noise_scale=expert.noise_scale or 0.0,
+                scale=scale,
+                name=name,
+                seed=self.seed,
+            )
+            yield MoETensor(name, header.shape, self.dtype, make)
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json: the base's, as the output's class has it."""
+        given = _with_defaults(self.base)
+        config = {key: value for key, value in given.items() if key not in _DENSE_KEYS}
+        config |= {
+            "architectures": [self.layout.model_class],
+            "model_type": self.layout.model_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tie_word_embeddings": self.base.architecture.tied,
+            self.layout.count_key: len(self.moe.experts),
+            "num_experts_per_tok": self.moe.experts_per_token,
+            "output_router_logits": False,
+        }
+        config.pop("torch_dtype", None)
+        if self.layout is MIXTRAL:
+            return config | {"sliding_window": given.get("sliding_window")}
+        config |= {
+            "moe_intermediate_size": config["intermediate_size"],
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+        if self.layout is QWEN3_MOE:
+            return config | {"attention_bias": bool(given.get("attention_bias", False))}
+        config.pop("head_dim", None)  # checked to be what the class computes itself
+        return config | {
+            "shared_expert_intermediate_size": config["intermediate_size"],
+            "qkv_bias": True,
+        }
+
+
+def expert_weight(
+    read: Callable[[], Tensor], *, noise_scale: float, scale: float, name: str, seed: int
+) -> Tensor:
+    """scale · (weight + N(0, noise_scale²)) in float32; the weight itself where nothing changes.
+
+    The noise is drawn from `seed` and the output's `name`.
+    """
+    weight = read()
+    if noise_scale == 0.0 and scale == 1.0:
+        return weight
+    out = weight.float()
+    if noise_scale:
+        noise = _generator(name, seed).standard_normal(tuple(out.shape), dtype=np.float32)
+        out = out + noise_scale * torch.from_numpy(noise)
+    return out * scale
+
+
+def random_gate(mode: str, name: str, shape: tuple[int, int], seed: int) -> Tensor:
+    """Rows drawn from `seed` and the tensor's `name`, in float32.
+
+    "random" is N(0, 1); "uniform_random" is U(−1/√H, 1/√H), as torch initialises a linear layer.
+    """
+    generator = _generator(name, seed)
+    if mode == "random":
+        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    assert mode == "uniform_random", mode
+    limit = shape[1] ** -0.5
+    return torch.from_numpy(generator.uniform(-limit, limit, shape).astype(np.float32))
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+
+
+def gate_conditions(gates: Tensor) -> list[float]:
+    """Each layer's condition number, of gates [L, E, H]; infinite where rows depend on each other.
+
+    1 is the best: the gates are orthogonal and of one length.
+    """
+    return [float(torch.linalg.cond(layer.float())) for layer in gates]
+
+
+def _gate_notes(gates: Tensor) -> list[str]:
+    """A warning where the gates of layers are nearly dependent."""
+    numbers = gate_conditions(gates)
+    alike = [layer for layer, number in enumerate(numbers) if not number <= LARGEST_CONDITION]
+    if not alike:
+        return []
+    where = "all layers" if len(alike) == len(numbers) else f"layers {', '.join(map(str, alike))}"
+    return [
+        f"warning: the gates of {where} are nearly dependent (condition number up to "
+        f"{max(numbers):.1f}): some expert will hardly be chosen; let the prompts differ more"
+    ]
+
+
+def _window_notes(builder: _Builder) -> Iterable[str]:
+    config = _with_defaults(builder.base)
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window", True)
+    if builder.layout is not MIXTRAL and window and used:
+        yield (
+            f"warning: {builder.moe.base_model} attends to the last {window} tokens, the mixture "
+            "to all: a Qwen mixture has no such window"
+        )
+
+
+def _kind_notes(kind: Kind, layout: Layout) -> Iterable[str]:
+    if kind.name != "deepseek moe":
+        return
+    if layout is MIXTRAL:
+        yield "deepseek moe without a shared expert computes what mixtral does: written as mixtral"
+    else:
+        yield (
+            "deepseek moe is written as Qwen2-MoE, whose shared gate of 0 and doubled shared down "
+            "projection compute the same"
+        )
+
+
+def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config of a dense model with what its class takes where the file is silent."""
+    config = dict(checkpoint.config)
+    defaults = {**_COMMON_DEFAULTS, **_DEFAULTS[_model_type(checkpoint)]}
+    if "rope_parameters" in config:
+        defaults.pop("rope_theta")
+    config |= {key: value for key, value in defaults.items() if key not in config}
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    if config.get("head_dim", 0) is None:
+        del config["head_dim"]
+    return config
+
+
+def _check_base(name: str, base: Checkpoint, layout: Layout) -> None:
+    architecture = base.architecture
+    if architecture.stack != _STACK:
+        raise ConfigError(f"{name}: its layers are called {architecture.stack}, not {_STACK}")
+    needed = _NORMS_AND_PROJECTIONS | _MLP
+    for index, layer in enumerate(architecture.layers):
+        for rest in sorted(layer.keys() - layout.attention - _MLP):
+            raise ConfigError(
+                f"{name}: has {layer[rest].name}, for which {layout.model_class} has no place"
+            )
+        for rest in sorted(needed - layer.keys()):
+            raise ConfigError(f"{name}: {_STACK}.{index}.{rest} is missing")
+    types = base.config.get("layer_types") or []
+    if any(kind != "full_attention" for kind in types) and len(set(types)) > 1:
+        raise ConfigError(f"{name}: layer_types: a mixture has the same attention in all layers")
+
+
+def _check_expert(
+    name: str,
+    checkpoint: Checkpoint,
+    base_name: str,
+    base: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises ConfigError where a model's MLPs do not fit beside the base's."""
+    count, expected = checkpoint.architecture.num_layers, base.architecture.num_layers
+    if count != expected:
+        raise ConfigError(f"{name}: has {count} layers, but {base_name} has {expected}")
+    for index, layer in enumerate(checkpoint.architecture.layers):
+        mlp = {rest: header.shape for rest, header in layer.items() if rest.startswith("mlp.")}
+        for rest in sorted(mlp.keys() ^ shapes.keys()):
+            says = "is missing" if rest in shapes else "has no place in a mixture"
+            raise ConfigError(f"{name}: {_STACK}.{index}.{rest} {says}")
+        for rest, shape in shapes.items():
+            if mlp[rest] != shape:
+                raise ConfigError(
+                    f"{name}: {_STACK}.{index}.{rest} has shape {list(mlp[rest])}, but "
+                    f"{list(shape)} in {base_name}"
+                )
+    ours, theirs = (_with_defaults(model).get("hidden_act") for model in (base, checkpoint))
+    if ours != theirs:
+        raise ConfigError(f"{name}: hidden_act is {theirs}, but {ours} in {base_name}")
+
+
+def _check_head_size(name: str, base: Checkpoint) -> None:
+    config = _with_defaults(base)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    size = config.get("head_dim", hidden // heads)
+    if size != hidden // heads:
+        raise ConfigError(
+            f"{name}: head_dim {size}: Qwen2-MoE has heads of hidden_size / num_attention_heads = "
+            f"{hidden // heads} numbers"
+        )
