@@ -309,20 +309,24 @@ def _read_genome(genome: object, folder: Path) -> GenomeConfig:
     """The genome in plain values, or in the file of this name. Raises ValueError."""
     if isinstance(genome, GenomeConfig):
         return genome
-    if not isinstance(genome, str):
+    place = ""
+    if isinstance(genome, str):
+        path = folder / Path(genome).expanduser()
+        genome, place = _genome_in(path), f"{path}: "
+    try:
         return GenomeConfig.model_validate(genome)
-    path = folder / Path(genome).expanduser()
+    except ValidationError as error:
+        lines = [_complaint({**item, "loc": ("genome", *item["loc"])}) for item in error.errors()]
+        raise ValueError("\n  ".join(f"{place}{line}" for line in lines)) from error
+
+
+def _genome_in(path: Path) -> object:
+    """The genome in a mergekit-evolve file, or in one that holds nothing else."""
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"genome: {path} cannot be read as YAML: {error}") from error
-    if isinstance(content, Mapping) and "genome" in content:
-        content = content["genome"]
-    try:
-        return GenomeConfig.model_validate(content)
-    except ValidationError as error:
-        lines = [_complaint({**item, "loc": ("genome", *item["loc"])}) for item in error.errors()]
-        raise ValueError(f"{path}: " + f"\n  {path}: ".join(lines)) from error
+    return content["genome"] if isinstance(content, Mapping) and "genome" in content else content
 
 
 def check_study_name(name: str, error: type[Exception] = ConfigError) -> None:
