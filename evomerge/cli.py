@@ -55,6 +55,12 @@ ShardSizeOption = Annotated[
     str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
 ]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a .gguf file, a hub name; each with +ADAPTER, too."
+    ),
+]
 TrialsOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="A new total of trials.")
 ]
@@ -295,6 +301,33 @@ def moe(
     print(out)
 
 
+@app.command("gguf")
+def export_gguf(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    *,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."
+        ),
+    ] = "f16",
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp, tokenizer and chat template included."""
+    from evomerge.merge.gguf import check_gguf_output, write_gguf
+    from evomerge.merge.inputs import InputModels
+
+    _refuse_input(out, model)
+    check_gguf_output(out, kind, overwrite=overwrite)
+    inputs = InputModels(storage_directory(storage), say=_say)
+    name = Path(model).name.removesuffix(".gguf")
+    for note in write_gguf(inputs.resolve(model), out, kind, overwrite=overwrite, name=name):
+        _say(f"note: {note}")
+    print(out)
+
+
 @presets_app.callback(invoke_without_command=True)
 def presets(context: typer.Context) -> None:
     """The searches, mixtures and suites that ship with evomerge."""
@@ -378,6 +411,13 @@ def _mistakes_of(recipe: Path) -> Iterator[None]:
         raise
     except (ConfigError, CandidateError) as error:
         raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _refuse_input(out: Path, *references: str) -> None:
+    """Raises OutputExistsError where `out` is what one of `references` names."""
+    parts = [part for reference in references for part in (reference, *reference.split("+"))]
+    if out.exists() and any(Path(part).expanduser().resolve() == out.resolve() for part in parts):
+        raise OutputExistsError(f"{out}: is an input, too; choose another name")
 
 
 def _refuse_existing_file(path: Path, *, overwrite: bool) -> None:

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 # Each big library, and the files that may know it.
 LIBRARIES: dict[str, set[str]] = {
     "cma": {"search/samplers.py"},
-    "gguf": {"merge/inputs.py"},
+    "gguf": {"merge/gguf.py", "merge/inputs.py"},
     "huggingface_hub": {"merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "optuna": {"search/mirror.py"},
@@ -51,12 +51,14 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
         *("merge/materialize.py", "merge/methods.py", "merge/moe.py", "merge/plan.py"),
         *("merge/statistics.py", "merge/vocabulary.py", "engine/gates.py"),
+        *("merge/extract.py", "merge/gguf.py"),
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },
     "transformers": {
         *("engine/gates.py", "engine/tokenizer.py", "engine/transformers_engine.py"),
         *("merge/inputs.py", "merge/tokenizer.py"),
+        *("merge/gguf.py", "merge/gguf_vocabulary.py"),
     },
     "typer": {"cli.py"},
     "vllm": {
