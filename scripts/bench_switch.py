@@ -31,7 +31,8 @@ from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.merge import kernels
 from evomerge.merge.materialize import materialize
-from evomerge.recipe import Recipe
+from evomerge.merge_rules import METHODS, MethodRules
+from evomerge.recipe import Recipe, recipe_from_mapping
 from evomerge.space import SearchSpace, SpaceConfig
 
 SHAPES = {
@@ -58,11 +59,16 @@ def main() -> None:
         engine = start(paths[0], paths[1:])
         try:
             rows = [measure(engine, spaces[k], k, options.repeats) for k in (1, 2)]
+            methods = {
+                name: measure_method(engine, method_recipes(name, paths, options.repeats + 1))
+                for name in options.methods
+            }
             speed = generation_speed(engine)
         finally:
             engine.close()
         packed = None if torch.cuda.is_available() else packed_speed(paths[0])
     report(options, rows, disk, speed, packed)
+    report_methods(methods)
 
 
 def _options() -> argparse.Namespace:
@@ -73,6 +79,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--threads", type=int, default=None, help="CPU threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--methods",
+        type=lambda names: [name for name in names.split(",") if name],
+        default=[],
+        help="also these merge methods, as slerp,ties: the first candidate and later ones",
     )
     parser.add_argument("--directory", default=None, help="where the random models are written")
     parser.add_argument(
@@ -150,6 +162,46 @@ def measure(engine: Engine, space: SearchSpace, experts: int, repeats: int) -> d
         "floor": floor,
         "ratio": statistics.median(switches) / floor,
     }
+
+
+def method_recipes(method: str, models: list[Path], count: int) -> list[Recipe]:
+    """Candidates of a search over the weights (or t) of a method; its other numbers stay."""
+    rules = METHODS[method]
+    base, *experts = map(str, models)
+    random = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        entries = [
+            {"model": expert, "parameters": {"weight": float(random.uniform(0.2, 1.0))}}
+            for expert in experts[: rules.inputs[1]]
+        ]
+        mapping = {
+            "merge_method": method,
+            "models": entries,
+            "parameters": {"t": float(random.uniform(0.1, 0.9)), "density": 0.5, "epsilon": 0.1},
+            "dtype": "bfloat16",
+        }
+        made.append(recipe_from_mapping(mapping | _base(rules, base), method))
+    return made
+
+
+def _base(rules: MethodRules, base: str) -> dict[str, str]:
+    return {} if rules.base == "none" else {"base_model": base}
+
+
+def measure_method(engine: Engine, candidates: list[Recipe]) -> tuple[float, float]:
+    """Seconds of the first switch, which computes the statistics, and the median of later ones."""
+    first, *later = [engine.load(recipe).seconds for recipe in candidates]
+    return first, statistics.median(later)
+
+
+def report_methods(methods: dict[str, tuple[float, float]]) -> None:
+    if not methods:
+        return
+    print("\n| method | first candidate | later candidates | first / later |")
+    print("|---|---|---|---|")
+    for name, (first, later) in methods.items():
+        print(f"| {name} | {first:.2f} s | {later * 1e3:.0f} ms | {first / later:.1f} |")
 
 
 def parameter_count(directory: Path) -> int:
