@@ -23,6 +23,7 @@ from tests.engine.conftest import (
     overflowing,
     start,
 )
+from tests.merge import decoders
 
 pytest.importorskip("vllm")
 # vLLM and what it imports warn of their own deprecations.
@@ -173,3 +174,35 @@ def test_a_recipe_with_another_layer_count_is_loaded_from_disk(
     assert loaded.how == "disk"
     assert {answer.version for answer in completions(engine)} == {loaded.version}
     engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma3_text"])
+def test_mixtures_of_experts_and_scaled_embeddings_are_merged_live(
+    kind: str, tmp_path: Path
+) -> None:
+    base = decoders.write(tmp_path / "base", kind, hidden_size=128, head_dim=64)
+    tuned = tiny.variant(base, tmp_path / "tuned", seed=1)
+    mapping = {
+        "merge_method": "slerp",
+        "base_model": str(base),
+        "models": [{"model": str(tuned)}],
+        "parameters": {"t": [0.2, 0.8]},
+        "dtype": "bfloat16",
+    }
+    recipe = recipe_from_mapping(mapping, "test")
+    with start("vllm", base, [str(tuned)], max_model_len=64) as engine:
+        assert isinstance(engine, VLLMEngine)
+        states = []
+        for candidate in (plain(base), recipe, plain(tuned), recipe):
+            assert engine.load(candidate).how == "live"
+            states.append(log_probabilities(engine))
+        checksums = engine.parameter_checksums()
+    assert states[1] == states[3]
+    assert len({str(state) for state in states}) == 3
+    # The experts' kernels on CPUs may keep packed copies: only a fresh engine shows it.
+    materialize(recipe, tmp_path / "merged")
+    with start("vllm", tmp_path / "merged", [], max_model_len=64) as fresh:
+        assert isinstance(fresh, VLLMEngine)
+        assert log_probabilities(fresh) == states[1]
+        assert fresh.parameter_checksums() == checksums
