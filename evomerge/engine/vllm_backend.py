@@ -23,6 +23,7 @@ from evomerge.engine.vllm_private import (
     check_vllm_version,
     clear_key_value_cache,
     lowest_of_all_ranks,
+    unpack_cpu_experts,
     unpack_cpu_layers,
 )
 from evomerge.errors import CandidateError, EvomergeError
@@ -88,8 +89,11 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         )
         self.statistics = Statistics()
         unpacked = unpack_cpu_layers(model)
+        self.experts = unpack_cpu_experts(model)
         self.destinations = trace_loading(model, self.sources.checkpoint(served))
-        check_filled(unpacked, self.destinations)
+        plain = [weight for experts in self.experts for weight in experts.plain.values()]
+        check_filled([*unpacked, *plain], self.destinations)
+        self._pack_experts()
         # vLLM sizes its key-value cache by what is left after this.
         self.sources.settle(
             (model, place.name, place.part)
@@ -139,10 +143,15 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
             for number, place in enumerate(self.destinations)
             if not self._fill(place, entries[place.name])
         ]
+        self._pack_experts()
         # All ranks or none: one that fails alone leaves the others in an update that never ends.
         first = lowest_of_all_ranks(min(broken, default=len(self.destinations)))
         if first < len(self.destinations):
             raise CandidateError(f"{self.destinations[first].name} has NaN or infinite values")
+
+    def _pack_experts(self) -> None:
+        for experts in self.experts:
+            experts.pack()
 
     def _fill(self, place: Destination, entry: PlanEntry) -> bool:
         """Computes one part into its place; whether all of it is finite."""

@@ -1,7 +1,7 @@
 """All that this project uses of vLLM beyond its public interface, and the versions it is made for.
 
-That is how a CPU layer's packed weight is unpacked, where the key-value cache lies, how an engine
-is ended, how to tell that one is gone, and what vLLM raises then.
+That is how the packed weights of CPU layers and of experts are unpacked, where the key-value cache
+lies, how an engine is ended, how to tell that one is gone, and what vLLM raises then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -62,6 +63,74 @@ def unpack_cpu_layers(model: torch.nn.Module) -> list[torch.Tensor]:
             layer.bias.data = layer.bias.data.to(layer.weight.dtype)
         layer.cpu_linear = torch.nn.functional.linear
     return unpacked
+
+
+@dataclass
+class PackedExperts:
+    """The experts of one layer, whose CPU kernel reads a packed copy of their weights.
+
+    `plain` are the weights in the layout of the checkpoint, which are filled; `pack` brings them to
+    where the kernel reads, in place.
+    """
+
+    layer: Any
+    plain: dict[str, torch.nn.Parameter]
+    packed: dict[str, torch.nn.Parameter]
+
+    def pack(self) -> None:
+        """Makes the kernel compute with what `plain` holds now."""
+        from vllm._custom_ops import cpu_prepack_moe_weight
+
+        experts = self.layer.quant_method.moe_kernel.fused_experts
+        for name, plain in self.plain.items():
+            shape = self.packed[name].shape
+            padded = plain.data if plain.shape == shape else _padded(plain.data, shape)
+            self.packed[name].data.copy_(cpu_prepack_moe_weight(padded, experts.isa))
+            self.layer.register_parameter(name, self.packed[name])
+
+
+def unpack_cpu_experts(model: torch.nn.Module) -> list[PackedExperts]:
+    """Gives every layer of experts that a CPU kernel packed its plain weights back, uninitialised.
+
+    They stand in the layers until `PackedExperts.pack` puts the packed ones there again. A pack
+    costs a pass over the experts' weights, and the plain ones stay in memory beside it.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    found: list[PackedExperts] = []
+    layer: Any
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if not hasattr(layer, "w13_weight") or not hasattr(experts, "isa"):
+            continue
+        if getattr(experts, "_use_zentorch", False):  # that kernel reads the plain weights
+            continue
+        packed = {name: getattr(layer, name) for name in ("w13_weight", "w2_weight")}
+        plain = {}
+        for name in packed:
+            recorded = get_layerwise_info(layer).restore_metadata[0][name]
+            plain[name] = materialize_meta_tensor(restore_layer_refs(recorded, layer))
+            layer.register_parameter(name, plain[name])
+        found.append(PackedExperts(layer, plain, packed))
+    return found
+
+
+def _padded(plain: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Experts' weights with the inner dimension that their kernel wants, filled up with zeros.
+
+    w13 has shape [experts, 2·inner, hidden], gate rows first; w2 [experts, hidden, inner].
+    """
+    padded = plain.new_zeros(shape)
+    if plain.shape[1] == shape[1]:
+        padded[:, :, : plain.shape[2]] = plain
+        return padded
+    inner, wanted = plain.shape[1] // 2, shape[1] // 2
+    padded[:, :inner] = plain[:, :inner]
+    padded[:, wanted : wanted + inner] = plain[:, inner:]
+    return padded
 
 
 def clear_key_value_cache(vllm_config: Any) -> None:

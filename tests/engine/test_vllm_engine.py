@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
+from evomerge.engine import EngineConfig
 from evomerge.engine.vllm_engine import VLLMEngine
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.merge.materialize import materialize
 from evomerge.recipe import Recipe, recipe_from_mapping
 from tests import tiny
 from tests.engine.conftest import (
+    OPTIONS,
     PROMPTS,
     SETTINGS,
     WRITERS,
@@ -30,10 +33,10 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 
-def plain(model: Path) -> Recipe:
+def plain(model: Path, dtype: str = "bfloat16") -> Recipe:
     """The recipe of one whole model as it is."""
     mapping = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
-    return recipe_from_mapping(mapping | {"dtype": "bfloat16"}, "test")
+    return recipe_from_mapping(mapping | {"dtype": dtype}, "test")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -177,10 +180,9 @@ def test_a_recipe_with_another_layer_count_is_loaded_from_disk(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma3_text"])
-def test_mixtures_of_experts_and_scaled_embeddings_are_merged_live(
-    kind: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_are_merged_live(kind: str, tmp_path: Path) -> None:
+    # 48 inner units: the experts' kernel pads them to 64.
     base = decoders.write(tmp_path / "base", kind, hidden_size=128, head_dim=64)
     tuned = tiny.variant(base, tmp_path / "tuned", seed=1)
     mapping = {
@@ -188,21 +190,36 @@ def test_mixtures_of_experts_and_scaled_embeddings_are_merged_live(
         "base_model": str(base),
         "models": [{"model": str(tuned)}],
         "parameters": {"t": [0.2, 0.8]},
-        "dtype": "bfloat16",
+        "dtype": "float32",
     }
     recipe = recipe_from_mapping(mapping, "test")
-    with start("vllm", base, [str(tuned)], max_model_len=64) as engine:
-        assert isinstance(engine, VLLMEngine)
+    with in_float32(base, tuned, tmp_path / "scratch") as engine:
         states = []
-        for candidate in (plain(base), recipe, plain(tuned), recipe):
+        for candidate in (plain(base, "float32"), recipe, plain(tuned, "float32"), recipe):
             assert engine.load(candidate).how == "live"
             states.append(log_probabilities(engine))
-        checksums = engine.parameter_checksums()
     assert states[1] == states[3]
-    assert len({str(state) for state in states}) == 3
-    # The experts' kernels on CPUs may keep packed copies: only a fresh engine shows it.
-    materialize(recipe, tmp_path / "merged")
-    with start("vllm", tmp_path / "merged", [], max_model_len=64) as fresh:
-        assert isinstance(fresh, VLLMEngine)
-        assert log_probabilities(fresh) == states[1]
-        assert fresh.parameter_checksums() == checksums
+    # The experts' kernels on CPUs compute with packed copies, which a write does not reach: only an
+    # engine without anything of ours in it shows whether they are the right ones.
+    with in_float32(base, tuned, tmp_path / "scratch", load="disk") as untouched:
+        for candidate, live in ((recipe, states[1]), (plain(tuned, "float32"), states[2])):
+            assert untouched.load(candidate).how == "disk"
+            for ours, theirs in zip(live, log_probabilities(untouched), strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-4)
+    assert states[1][0] != pytest.approx(states[2][0], abs=1e-2)
+
+
+def in_float32(
+    base: Path, tuned: Path, scratch: Path, load: Literal["live", "disk"] = "live"
+) -> VLLMEngine:
+    return VLLMEngine(
+        EngineConfig(
+            model=str(base),
+            sources=(str(tuned),),
+            dtype="float32",
+            load=load,
+            threads=1,
+            scratch=str(scratch),
+            options=OPTIONS | {"max_model_len": 64},
+        )
+    )
