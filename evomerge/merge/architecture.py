@@ -42,7 +42,8 @@ _COMPUTED_NAME = re.compile(
 )
 _MASK_NAME = re.compile(r"(.*\.)?(attn|attention|self_attn|self_attention)\.(bias|mask)")
 
-# What part of a multi-modal model a tensor belongs to, by a word of its name; mergekit's words.
+# What part of a multi-modal model a tensor belongs to, by a word of its name, as mergekit has it;
+# the first one counts (visual.merger is the projector, not the tower).
 _MODULES = {
     "multi_modal_projector": "multi_modal_projector",
     "mm_projector": "multi_modal_projector",
@@ -276,7 +277,8 @@ def _modules(
     rest = "decoder" if words is _ENCODER_DECODER_MODULES else "text_decoder"
     modules: dict[str, dict[str, TensorHeader]] = defaultdict(dict)
     for name, header in tensors.items():
-        module = next((words[word] for word in name.split(".") if word in words), rest)
+        parts = name.split(".")
+        module = next((module for word, module in words.items() if word in parts), rest)
         modules[module][name] = header
     if len(modules) == 1:
         return {DEFAULT_MODULE: next(iter(modules.values()))}

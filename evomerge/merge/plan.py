@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError, ConfigError
+from evomerge.errors import CandidateError, ConfigError, nearest
 from evomerge.merge.architecture import Architecture, stacked_config
 from evomerge.merge.chat_template import new_template
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
@@ -115,8 +115,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
     if vocabulary is not None and vocabulary.is_that_of(checkpoints[donor].directory):
         vocabulary = None
     parts = _parts(recipe, architectures, vocabulary)
-    groups = [group for part in parts for group in part.groups()]
-    entries = tuple(_entry(group, recipe, seed) for group in groups)
+    entries = _entries(parts, recipe, seed)
     dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
     config = _output_config(architectures[donor], parts, dtype)
     if vocabulary is not None:
@@ -151,7 +150,8 @@ class _Group:
 class _Part:
     """A slice of the output: its sources, and which layers of the output it makes.
 
-    `base` is the slice's base model, None where the method has none.
+    `base` is the slice's base model, None where the method has none. With a `module` it is that
+    one, whole, and makes no layers: a vision tower, an encoder.
     """
 
     sources: tuple[Source, ...]
@@ -163,6 +163,7 @@ class _Part:
     is_first: bool
     is_last: bool
     vocabulary: Vocabulary | None
+    module: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -175,9 +176,11 @@ class _Part:
 
     def groups(self) -> Iterator[_Group]:
         """The output tensors of this part: the input side, the layers, the output side."""
+        if self.module is not None:
+            yield from self._module_groups(self.module)
+            return
         if self.is_first:
             yield from self._outer_groups([a.before for a in self.architectures])
-            yield from self._other_groups()
         for offset in range(self.num_layers):
             yield from self._layer_groups(offset)
         if self.is_last:
@@ -201,12 +204,11 @@ class _Part:
         for name, headers in self._matched(tensors, "the tensors outside of the layers"):
             yield self._group(name, headers, 0.0)
 
-    def _other_groups(self) -> Iterator[_Group]:
-        """The tensors of the other modules, each at its depth in its own module's layers."""
-        for module in self.architectures[0].others:
-            others = [a.others[module] for a in self.architectures]
-            for name, headers in self._matched([m.tensors for m in others], module):
-                yield self._group(name, headers, others[0].depths[name])
+    def _module_groups(self, module: str) -> Iterator[_Group]:
+        """The tensors of a module, each at its depth in the module's own layers."""
+        modules = [architecture.others[module] for architecture in self.architectures]
+        for name, headers in self._matched([one.tensors for one in modules], module):
+            yield self._group(name, headers, modules[0].depths[name])
 
     def _matched(
         self, tensors: Sequence[Mapping[str, TensorHeader]], place: str
@@ -261,20 +263,24 @@ def _parts(
     architectures: Mapping[str, Architecture],
     vocabulary: Vocabulary | None,
 ) -> list[_Part]:
-    place, body = _only_body(recipe)
-    slices = body.slices or (_models_as_slice(recipe, body, architectures),)
+    """The slices of the language model's layers, then the other modules, if there are any."""
+    model = next(iter(architectures.values()))
+    bodies = _bodies(recipe, model)
+    place, body = bodies.pop(model.main)
+    slices = body.slices or (_models_as_slice(recipe, place, body, architectures),)
+    _check_layer_ranges(
+        f"{place}slices" if body.slices else f"{place}models", slices, architectures
+    )
     parts: list[_Part] = []
     first_output_layer = 0
     for index, part in enumerate(slices):
-        where = f"{place}slices.{index}" if body.slices else f"{place}models"
-        _check_layer_ranges(part, architectures, where)
         parts.append(
             _Part(
                 sources=part.sources,
                 architectures=tuple(architectures[source.model] for source in part.sources),
                 base=recipe.base_of(part),
                 levels=(part.parameters, body.parameters, recipe.parameters),
-                where=where,
+                where=f"{place}slices.{index}" if body.slices else f"{place}models",
                 first_output_layer=first_output_layer,
                 is_first=index == 0,
                 is_last=index == len(slices) - 1,
@@ -282,29 +288,65 @@ def _parts(
             )
         )
         first_output_layer += part.sources[0].num_layers
+    for module, (place, body) in bodies.items():
+        whole = _models_as_slice(recipe, place, body, architectures)
+        parts.append(
+            replace(
+                parts[0],
+                sources=whole.sources,
+                architectures=tuple(architectures[source.model] for source in whole.sources),
+                base=recipe.base_of(None),
+                levels=(body.parameters, recipe.parameters),
+                where=f"{place}models",
+                module=module,
+            )
+        )
     return parts
 
 
-def _only_body(recipe: Recipe) -> tuple[str, Body]:
-    """The one module of a recipe; mergekit calls that of a plain language model `default`."""
-    (first, body), *others = recipe.bodies()
-    if others or first not in ("", "modules.default."):
-        raise ConfigError(
-            f"modules: {', '.join(recipe.modules or ())}: these models have one module, which is "
-            "called default"
-        )
-    return first, body
+def _bodies(recipe: Recipe, model: Architecture) -> dict[str, tuple[str, Body]]:
+    """What is merged for each module of a model, with its place in the file."""
+    if recipe.modules is None:
+        place, body = next(recipe.bodies())
+        if body.slices and model.others:
+            raise ConfigError(
+                f"slices: these models have the modules {', '.join(model.module_names)}; write "
+                f"modules: {{{model.main}: {{slices: …}}, {next(iter(model.others))}: {{models: …}}"
+                ", …}"
+            )
+        return dict.fromkeys(model.module_names, (place, body))
+    bodies = dict(zip(recipe.modules, recipe.bodies(), strict=True))
+    mistakes = [
+        f"modules.{name}: there is no such module{nearest(name, model.module_names)}"
+        for name in bodies
+        if name not in model.module_names
+    ]
+    mistakes += [
+        f"modules: {name} is missing, which these models have; every module has to be merged"
+        for name in model.module_names
+        if name not in bodies
+    ]
+    mistakes += [
+        f"modules.{name}: slices: only the layers of {model.main} can be stacked anew; write models"
+        for name, (_, body) in bodies.items()
+        if body.slices and name in model.others
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return bodies
 
 
 def _models_as_slice(
-    recipe: Recipe, body: Body, architectures: Mapping[str, Architecture]
+    recipe: Recipe, place: str, body: Body, architectures: Mapping[str, Architecture]
 ) -> Slice:
     """Whole models as one slice; as in mergekit a base that is not listed comes last."""
     assert body.models is not None
-    counts = {name: architectures[name].num_layers for name in recipe.model_names()}
+    names = [model.model for model in body.models]
+    names += [recipe.base_model] if recipe.base_model else []
+    counts = {name: architectures[name].num_layers for name in names}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} in {name}" for name, count in counts.items())
-        raise ConfigError(f"models: the numbers of layers differ: {listed}; use slices")
+        raise ConfigError(f"{place}models: the numbers of layers differ: {listed}; use slices")
     layers = (0, next(iter(counts.values())))
     settings = {model.model: model.parameters for model in body.models}
     if recipe.base_model and recipe.merge_method != "passthrough":
@@ -317,14 +359,18 @@ def _models_as_slice(
     )
 
 
-def _check_layer_ranges(part: Slice, architectures: Mapping[str, Architecture], where: str) -> None:
-    for source in part.sources:
-        available = architectures[source.model].num_layers
-        if source.layer_range[1] > available:
-            raise ConfigError(
-                f"{where}: layer_range {list(source.layer_range)} exceeds {source.model}, "
-                f"which has {available} layers (0–{available - 1})"
-            )
+def _check_layer_ranges(
+    place: str, slices: Sequence[Slice], architectures: Mapping[str, Architecture]
+) -> None:
+    mistakes = [
+        f"{place}.{number}: layer_range {list(source.layer_range)} exceeds {source.model}, which "
+        f"has {available} layers (0–{available - 1})"
+        for number, part in enumerate(slices)
+        for source in part.sources
+        if source.layer_range[1] > (available := architectures[source.model].num_layers)
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def _architecture(name: str, checkpoints: Mapping[str, Checkpoint]) -> Architecture:
@@ -369,6 +415,20 @@ def _head(architecture: Architecture, name: str) -> dict[str, TensorHeader]:
     if architecture.tied:
         return {name: architecture.embedding_header}
     return {architecture.head: architecture.after[architecture.head]}
+
+
+def _entries(parts: Sequence[_Part], recipe: Recipe, seed: int) -> tuple[PlanEntry, ...]:
+    """What makes each tensor; raises ConfigError with the first mistake of every part."""
+    entries: list[PlanEntry] = []
+    mistakes: list[str] = []
+    for part in parts:
+        try:
+            entries += [_entry(group, recipe, seed) for group in part.groups()]
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return tuple(entries)
 
 
 def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
@@ -486,12 +546,13 @@ def _output_config(
     donor: Architecture, parts: Sequence[_Part], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The donor's config with the output's dtype, layers and tied embeddings."""
+    stack = [part for part in parts if part.module is None]
     origins = [
         (part.architectures[0], index)
-        for part in parts
+        for part in stack
         for index in range(*part.sources[0].layer_range)
     ]
-    stacked = stacked_config(donor, origins, tied=parts[-1].is_tied)
+    stacked = stacked_config(donor, origins, tied=stack[-1].is_tied)
     config = {key: value for key, value in stacked.items() if key not in _NOT_THE_OUTPUTS}
     config["dtype"] = str(dtype).removeprefix("torch.")
     return config
