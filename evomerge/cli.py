@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputEx
 from evomerge.resources import PRESET_WORDS, PresetKind, locate, preset_file, preset_names
 
 if TYPE_CHECKING:
+    from evomerge.merge.extract import Extraction
     from evomerge.report.results import Results
     from evomerge.search.study import StudyConfig
 
@@ -51,6 +54,7 @@ OverwriteOption = Annotated[
 LenientOption = Annotated[
     bool, typer.Option("--lenient", help="Drop keys and parameters that nobody knows.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 ShardSizeOption = Annotated[
     str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
 ]
@@ -173,7 +177,7 @@ def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A study; else all.")] = None,
     *,
     storage: StorageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What studies there are, or how one of them stands."""
     from evomerge.search.status import list_studies, study_status
@@ -328,6 +332,55 @@ def export_gguf(
     print(out)
 
 
+@app.command("extract-lora")
+def extract(
+    fine: Annotated[
+        str, typer.Argument(metavar="FINE", help="The fine-tuned model, as MODEL of `gguf`.")
+    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What it was fine-tuned from.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder to write.")],
+    *,
+    rank: Annotated[int, typer.Option(metavar="R", help="The rank of each module, at most.")],
+    explained: Annotated[
+        float, typer.Option(metavar="SHARE", help="Stop each module's rank at this share.")
+    ] = 1.0,
+    save_others: Annotated[
+        bool, typer.Option("--save-others", help="Norms, biases, embeddings that differ, whole.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.")
+    ] = "float32",
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write what fine-tuning changed as a PEFT LoRA adapter, and how much of it that explains."""
+    from evomerge.merge.extract import check_extraction, extract_lora
+    from evomerge.merge.inputs import InputModels
+
+    _refuse_input(out, fine, base)
+    settings: dict[str, Any] = {"explained": explained, "dtype": dtype, "overwrite": overwrite}
+    check_extraction(out, rank, **settings)
+    inputs = InputModels(storage_directory(storage), say=_say)
+    models = inputs.resolve(fine), inputs.resolve(base)
+    found = extract_lora(
+        *models,
+        out,
+        rank,
+        save_others=save_others,
+        base_name=base,
+        report=_say_every(10.0, "modules"),
+        **settings,
+    )
+    for note in found.notes:
+        _say(f"note: {note}")
+    print(
+        json.dumps(_extraction_json(out, found), indent=2)
+        if as_json
+        else _extraction_text(out, found)
+    )
+
+
 @presets_app.callback(invoke_without_command=True)
 def presets(context: typer.Context) -> None:
     """The searches, mixtures and suites that ship with evomerge."""
@@ -476,6 +529,42 @@ def _resume_command(name: str, storage: Path, *, trust_code: bool) -> str:
     if trust_code:
         command.append("--trust-code")
     return shlex.join(command)
+
+
+def _extraction_json(out: Path, found: Extraction) -> dict[str, Any]:
+    return {
+        "adapter": str(out),
+        "explained": found.total,
+        "groups": found.explained,
+        "ranks": dict(found.ranks),
+        "saved": list(found.saved),
+        "lost": list(found.lost),
+    }
+
+
+def _extraction_text(out: Path, found: Extraction) -> str:
+    counts = Counter(module.rpartition(".")[2] for module in found.ranks)
+    lines = [
+        f"{group:<20} {counts[group]:>5} modules  {share:8.3%}"
+        for group, share in found.explained.items()
+    ]
+    lines.append(f"{'explained':<20} {len(found.ranks):>5} modules  {found.total:8.3%}")
+    if found.saved:
+        lines.append(f"{'saved whole':<20} {len(found.saved):>5} tensors")
+    return "\n".join([*lines, f"adapter {out}"])
+
+
+def _say_every(seconds: float, what: str) -> Callable[[int, int], None]:
+    """Tells how many of how many are done, now and then."""
+    told = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > seconds:
+            told = time.monotonic()
+            _say(f"{done} of {total} {what}")
+
+    return report
 
 
 def _studies_text(studies: Sequence[Mapping[str, Any]]) -> str:
