@@ -89,6 +89,13 @@ def read_tokenizer(name: str, folder: Path, rows: int | None) -> Tokenizer:
 
     Raises ConfigError where there is none, or none that the tokenizers library runs.
     """
+    inner = _loaded(folder)
+    content = json.loads(inner.backend_tokenizer.to_str())
+    roles = {role: str(token) for role, token in inner.special_tokens_map.items() if token}
+    return _cut(_tokenizer(name, folder, content, roles), rows)
+
+
+def _loaded(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not has_tokenizer(folder):
@@ -97,15 +104,14 @@ def read_tokenizer(name: str, folder: Path, rows: int | None) -> Tokenizer:
         )
     try:
         inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        content = json.loads(inner.backend_tokenizer.to_str())
+        inner.backend_tokenizer.get_vocab_size()
     except Exception as error:  # whatever a broken file makes its many readers raise
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ConfigError(
             f"{folder}: its tokenizer cannot be read as a fast one, with which alone vocabularies "
             f"can be compared: {reason}; save a {_TOKENIZER_FILE} for it with transformers"
         ) from error
-    roles = {role: str(token) for role, token in inner.special_tokens_map.items() if token}
-    return _cut(_tokenizer(name, folder, content, roles), rows)
+    return inner
 
 
 def _tokenizer(
@@ -273,7 +279,8 @@ def files_of(own: Tokenizer) -> dict[str, str]:
     # The one class that takes a tokenizer.json as it is; others build their own pipeline.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     texts = {
-        _TOKENIZER_FILE: json.dumps(own.content, ensure_ascii=False, indent=2),
+        # Without line breaks: json writes those in Python, some seconds for 100,000 pieces.
+        _TOKENIZER_FILE: json.dumps(own.content, ensure_ascii=False),
         _CONFIG_FILE: _as_text(_known_specials(settings, own)),
     }
     if (own.folder / _SPECIALS_FILE).is_file():
@@ -322,7 +329,7 @@ def check_readable(own: Tokenizer, texts: Mapping[str, str]) -> None:
             (folder / file).write_text(text, encoding="utf-8")
         if (own.folder / CONFIG_FILE).is_file():  # which has a say in the tokenizer's class
             shutil.copyfile(own.folder / CONFIG_FILE, folder / CONFIG_FILE)
-        ids = read_tokenizer(own.name, folder, None).ids
+        ids: dict[str, int] = _loaded(folder).get_vocab()
     if different := dict(own.ids).items() ^ ids.items():
         token, _ = min(different, key=lambda item: item[1])
         raise ConfigError(

@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from evomerge.recipe import ModelToken, Recipe, TokenChoice
 
 # Keys of config.json and generation_config.json whose values are token ids.
 _ID_KEY = re.compile(r".*_token_ids?|.*_token_index|(begin_)?suppress_tokens|bad_words_ids")
+_LAYERED_KEY = "vocab_size_per_layer_input"
 _MISSING = -1
 _ROWS_AT_ONCE = 4096  # bounds the float32 numbers that means take beside the embeddings
 
@@ -123,7 +124,7 @@ class Vocabulary:
                     f"needs {needed}"
                 )
 
-    @property
+    @cached_property
     def _is_token(self) -> Tensor:
         return torch.tensor([token is not None for token in self.tokens])
 
@@ -170,13 +171,12 @@ class Vocabulary:
             owner[(counts > 1) & has_MV[index]] = index
         is_mean = (counts > 1) & (owner == _MISSING)
         row = torch.where(owner >= 0, rows_MV[owner.clamp(min=0), ids], _MISSING)
-        places = {int(token): place for place, token in enumerate(ids)}
         for token, choice in self._choices.items():
-            if (place := places.get(token)) is not None:
-                is_mean[place] = False
-                model, chosen = choice.row or (None, _MISSING)
-                owner[place] = models.index(model) if model is not None else _MISSING
-                row[place] = chosen
+            place = ids == token
+            model, chosen = choice.row or (None, _MISSING)
+            is_mean[place] = False
+            owner[place] = models.index(model) if model is not None else _MISSING
+            row[place] = chosen
         return owner, row, is_mean
 
     def _aligned(
@@ -274,6 +274,7 @@ def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> V
     if source is None:
         return None
     models = recipe.model_names()
+    _refuse_layered_embeddings(checkpoints[models[0]])
     folders = {model: checkpoints[model].directory for model in models}
     sizes = {model: checkpoints[model].architecture.embedding_header.shape[0] for model in models}
     read_too = [] if source in ("union", "base") or source in models else [Path(source)]
@@ -286,6 +287,15 @@ def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> V
         stamps=tuple(stamps(folder) for folder in [*folders.values(), *read_too]),
     )
     return _vocabulary(request)
+
+
+def _refuse_layered_embeddings(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    if any(_LAYERED_KEY in part for part in (config, config.get("text_config") or {})):
+        raise ConfigError(
+            f"{checkpoint.directory / 'config.json'}: {_LAYERED_KEY}: this architecture has "
+            "embeddings in each layer, which are not aligned by token; leave tokenizer_source out"
+        )
 
 
 @dataclass(frozen=True)
@@ -330,6 +340,8 @@ def _read_all(request: _Request, notes: list[str]) -> dict[str, Tokenizer]:
     tokenizers = {first: read_tokenizer(first, *folders[first])}
     for name in names:
         folder, rows = folders[name]
+        if name == first:
+            continue
         if has_tokenizer(folder):
             tokenizers[name] = read_tokenizer(name, folder, rows)
         elif rows == folders[first][1]:
