@@ -403,9 +403,9 @@ def _same_tokens(one: Path, other: Path) -> bool:
 
 
 def _tokens_of(file: Path) -> object:
-    """What a tokenizer.json gives ids to; its whole text where it is not one."""
-    text = file.read_text(encoding="utf-8")
+    """What a tokenizer.json gives ids to; its bytes where it is not one."""
+    content = file.read_bytes()
     try:
-        return _tokenizer("", file.parent, json.loads(text), {}).ids
+        return _tokenizer("", file.parent, json.loads(content), {}).ids
     except (ValueError, LookupError, TypeError):
-        return text
+        return content

@@ -176,6 +176,11 @@ def test_a_recipe_with_another_layer_count_is_loaded_from_disk(
     loaded = engine.load(recipe)
     assert loaded.how == "disk"
     assert {answer.version for answer in completions(engine)} == {loaded.version}
+    own = recipe_from_mapping(mapping | {"tokenizer": {"tokens": {"<|im_start|>": {}}}}, "test")
+    assert engine.count_tokens("<|im_start|>", add_special_tokens=False) == 12
+    assert engine.load(own).how == "disk"
+    assert engine.count_tokens("<|im_start|>", add_special_tokens=False) == 1
+    assert len(completions(engine)) == len(PROMPTS)
     engine.close()
 
 

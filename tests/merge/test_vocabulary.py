@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evomerge.cli import main
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.materialize import materialize, merged_tensors
@@ -22,6 +23,7 @@ from tests import tiny
 from tests.golden.vocabularies import (
     EMBEDDINGS,
     MODELS,
+    RECIPES,
     recipes,
     write_model,
     write_models,
@@ -385,3 +387,40 @@ def test_a_model_without_a_tokenizer_is_taken_to_have_the_bases(tmp_path: Path) 
     (second / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer, and 12 rows where .*one has 11"):
         planned(recipe_of(names, "one", "second", tokenizer_source="union"))
+
+
+def test_embeddings_in_each_layer_cannot_be_aligned(
+    tmp_path: Path, folders: dict[str, str]
+) -> None:
+    layered = tiny.edit_config(
+        write_model(tmp_path / "layered", "first"), vocab_size_per_layer_input=11
+    )
+    names = folders | {"layered": str(layered)}
+    with pytest.raises(ConfigError, match=r"vocab_size_per_layer_input: .*leave tokenizer_source"):
+        planned(recipe_of(names, "layered", "second", tokenizer_source="union"))
+
+
+def test_the_command_line_merges_other_vocabularies(
+    tmp_path: Path, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPES["choices"]
+    for name, folder in folders.items():
+        text = text.replace(f"model: {name}", f"model: {folder}")
+        text = text.replace(f"source: {name}", f"source: {folder}")
+    recipe.write_text(text)
+    out = tmp_path / "out"
+    assert main(["merge", str(recipe), str(out), "--storage", str(tmp_path / "storage")]) == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    ids = tokenizer("abc<new>cd", return_tensors="pt")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["abc", "<new>", "cd"]
+    answer = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=99)
+    assert answer.shape == (1, 8)
+    capsys.readouterr()
+    mapping = recipe_of(folders, "first", "second").to_mapping()
+    recipe.write_text(json.dumps(mapping))
+    assert (
+        main(["merge", str(recipe), str(tmp_path / "two"), "--storage", str(tmp_path / "s")]) == 2
+    )
+    assert "tokenizer_source: union" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
