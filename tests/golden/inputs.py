@@ -1,7 +1,9 @@
 """The models that the recorded merges were made of: exact on every machine, from no random numbers.
 
 Three Llamas with four layers (`base`, `first`, `second`), two with tied embeddings (`tied_base`,
-`tied_first`) and two Qwen2 with biases (`qwen_base`, `qwen_first`), all in bfloat16.
+`tied_first`) and two Qwen2 with biases (`qwen_base`, `qwen_first`), all in bfloat16; and a base
+with three fine-tunes in float32 (`fine_base` …), whose differences are all of another magnitude:
+which of equal ones a method keeps is left open by mergekit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 LAYERS, HIDDEN, INNER, KEYS, VOCABULARY = 4, 8, 12, 4, 10
-NAMES = ("base", "first", "second", "tied_base", "tied_first", "qwen_base", "qwen_first")
+NAMES = (
+    *("base", "first", "second", "tied_base", "tied_first", "qwen_base", "qwen_first"),
+    *("fine_base", "fine_first", "fine_second", "fine_third"),
+)
 
 
 def write_inputs(directory: Path) -> dict[str, str]:
@@ -28,12 +33,18 @@ def write_inputs(directory: Path) -> dict[str, str]:
 def _write_model(directory: Path, salt: int, *, tied: bool, qwen: bool) -> None:
     directory.mkdir(parents=True)
     shapes = model_shapes(tied=tied, qwen=qwen)
+    fine = directory.name.startswith("fine")
     tensors = {
-        name: scattered_numbers(shape, 1000 * salt + index)
+        name: (
+            _fine_numbers(shape, salt, index)
+            if fine
+            else scattered_numbers(shape, 1000 * salt + index)
+        )
         for index, (name, shape) in enumerate(shapes.items())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(_config(tied=tied, qwen=qwen), indent=2))
+    config = _config(tied=tied, qwen=qwen) | ({"dtype": "float32"} if fine else {})
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
     words = {f"word{index}": index for index in range(VOCABULARY)}
     Tokenizer(WordLevel(words, unk_token="word0")).save(str(directory / "tokenizer.json"))
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "word0"}
@@ -45,6 +56,23 @@ def scattered_numbers(shape: tuple[int, ...], salt: int) -> torch.Tensor:
     count = int(torch.Size(shape).numel())
     places = torch.arange(1, count + 1, dtype=torch.int64) + 7919 * (salt + 1)
     return ((places * 2654435761 % 2**32 // 2**24 - 128) / 256).reshape(shape).to(torch.bfloat16)
+
+
+def _fine_numbers(shape: tuple[int, ...], salt: int, index: int) -> torch.Tensor:
+    """The base's numbers in [-0.5, 0.5), and for a fine-tune others in [-1/16, 1/16) added."""
+    base = NAMES.index("fine_base")
+    numbers = _finely_scattered(shape, 1000 * base + index)
+    return numbers if salt == base else numbers + _finely_scattered(shape, 1000 * salt + index) / 8
+
+
+def _finely_scattered(shape: tuple[int, ...], salt: int) -> torch.Tensor:
+    """Numbers in [-0.5, 0.5) with 24 bits, whose differences are scattered as well."""
+    count = int(torch.Size(shape).numel())
+    places = torch.arange(1, count + 1, dtype=torch.int64) + 7919 * (salt + 1)
+    for _ in range(2):
+        places = places * 2654435761 % 2**31
+        places ^= places >> 15
+    return ((places % 2**24).double() / 2**24 - 0.5).float().reshape(shape)
 
 
 def model_shapes(

@@ -14,12 +14,12 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.materialize import materialize, merged_tensors
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
 from evomerge.recipe import Recipe, read_recipe
-from tests.golden.cases import recipes
+from tests.golden.cases import RANDOM, recipes
 from tests.golden.inputs import write_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLOAT32_CASES = sorted(name for name, recipe in recipes().items() if not recipe.out_dtype)
-FLOAT32_CASES.remove("emitted_bfloat16")
+FLOAT32_CASES = [name for name in FLOAT32_CASES if name not in ("emitted_bfloat16", *RANDOM)]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,30 @@ def test_a_recipe_merges_as_mergekit_merges_it(name: str, folders: dict[str, str
     for tensor, expected in theirs.items():
         assert ours[tensor].dtype == expected.dtype
         torch.testing.assert_close(ours[tensor], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_methods_keep_as_many_and_stretch_as_much_as_mergekits(
+    name: str, folders: dict[str, str]
+) -> None:
+    """mergekit's random numbers are its own; all else of the recorded merges can be compared."""
+    density = float(recipes()[name].parameters["density"])  # type: ignore[arg-type]
+    plan, checkpoints = plan_of(name, folders)
+    total = 0
+    kept = {"ours": 0, "theirs": 0}
+    merges = {"ours": merged(name, folders), "theirs": recorded(name)}
+    for entry in plan.entries:
+        base, tuned = (checkpoints[tensor.model].read(tensor.name) for tensor in entry.inputs)
+        delta = tuned - base
+        total += delta.numel()
+        for who, tensors in merges.items():
+            here = tensors[entry.name] != base
+            kept[who] += int(here.sum())
+            stretched = delta * here * (delta.abs().sum() / (delta * here).abs().sum())
+            torch.testing.assert_close(tensors[entry.name], base + stretched, rtol=0, atol=1e-6)
+    deviation = (density * (1 - density) / total) ** 0.5
+    assert kept["ours"] / total == pytest.approx(density, abs=4 * deviation)
+    assert kept["theirs"] / total == pytest.approx(density, abs=4 * deviation)
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
