@@ -84,6 +84,12 @@ def _model_reference(value: object) -> object:
     return reference
 
 
+def _tokenizer_reference(value: object) -> object:
+    """The same for a tokenizer's source, which files of mergekit's first year call model:NAME."""
+    reference = _model_reference(value)
+    return reference.removeprefix("model:") if isinstance(reference, str) else reference
+
+
 def _path_reference(value: object) -> str:
     if isinstance(value, str) and value:
         return value
@@ -107,6 +113,7 @@ Parameters = Annotated[
 ]
 DtypeName = Annotated[str | None, AfterValidator(_check_dtype)]
 ModelName = Annotated[str, Field(min_length=1), BeforeValidator(_model_reference)]
+TokenizerName = Annotated[str, Field(min_length=1), BeforeValidator(_tokenizer_reference)]
 LayerIndex = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -204,7 +211,7 @@ class TokenChoice(_Strict):
 class TokenizerChoice(_Strict):
     """The output's tokenizer: `source` is "union", "base" or a model; `tokens` are exceptions."""
 
-    source: ModelName = "union"
+    source: TokenizerName = "union"
     tokens: dict[str, TokenChoice] = {}
     pad_to_multiple_of: Annotated[int, Field(ge=1, strict=True)] | None = None
 
@@ -220,7 +227,7 @@ class Recipe(_Strict):
     parameters: Parameters = {}
     dtype: DtypeName = None
     out_dtype: DtypeName = None
-    tokenizer_source: ModelName | None = None
+    tokenizer_source: TokenizerName | None = None
     tokenizer: TokenizerChoice | None = None
     chat_template: Annotated[str, Field(min_length=1)] | None = None
 

@@ -418,6 +418,8 @@ def test_models_of_a_tokenizer_are_found_and_renamed_with_the_others() -> None:
         "r.yaml",
     )
     assert union.with_models({"union": "/folder"}).tokenizer_source == "union"
+    named = recipe_from_mapping(union.to_mapping() | {"tokenizer_source": "model:a/b"}, "r.yaml")
+    assert named.tokenizer_models() == ("a/b",)
 
 
 @pytest.mark.parametrize(
