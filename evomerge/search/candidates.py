@@ -32,9 +32,9 @@ def model_label(index: int) -> str:
 def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
     """The base, each model, and the uniform merge (`SearchSpace.uniform_recipe`)."""
     return (
-        Candidate(BASE, plain_recipe(space.base_model, space.dtype)),
+        Candidate(BASE, _plain(space.base_model, space.whole)),
         *(
-            Candidate(model_label(index), plain_recipe(model, space.dtype))
+            Candidate(model_label(index), _plain(model, space.whole))
             for index, model in enumerate(space.models)
         ),
         Candidate(UNIFORM, space.uniform_recipe()),
@@ -43,9 +43,12 @@ def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
 
 def plain_recipe(model: str, dtype: str) -> Recipe:
     """The recipe that is `model` as it is, in `dtype`."""
-    return recipe_from_mapping(
-        {"merge_method": "passthrough", "models": [{"model": model}], "dtype": dtype}, model
-    )
+    return _plain(model, {"dtype": dtype})
+
+
+def _plain(model: str, whole: Mapping[str, object]) -> Recipe:
+    mapping = {"merge_method": "passthrough", "models": [{"model": model}], **whole}
+    return recipe_from_mapping(mapping, model)
 
 
 def candidate_of(

@@ -171,7 +171,8 @@ class SpaceConfig(BaseModel):
 
     `numbers` are the method's parameters, which stand beside the other keys in the file: bounds to
     search in, or a value that all recipes have. What it does not name is searched where
-    `merge_rules` has bounds for it, else left to the method.
+    `merge_rules` has bounds for it, else left to the method. `tokenizer_source` is that of all
+    recipes, for models whose vocabularies differ.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -180,6 +181,7 @@ class SpaceConfig(BaseModel):
     layer_granularity: Annotated[int, Field(ge=0)] = 0
     filters: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     smooth: bool = False
+    tokenizer_source: Literal["base", "union"] | None = None
     stack: StackConfig | None = None
     numbers: dict[str, Choice] = {}
 
@@ -199,7 +201,8 @@ class SpaceConfig(BaseModel):
     def _lays_out_the_numbers(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         plain: dict[str, Any] = serialize(self)
         numbers = plain.pop("numbers")
-        unsaid = [key for key in ("smooth", "stack") if not plain.get(key)]
+        later = ("smooth", "tokenizer_source", "stack")
+        unsaid = [key for key in later if not plain.get(key)]
         return {key: value for key, value in plain.items() if key not in unsaid} | dict(numbers)
 
     @field_validator("merge_method")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,7 +12,7 @@ from evomerge.merge_rules import METHODS
 from evomerge.recipe import Recipe
 from evomerge.space.config import Bounds, Searched, searched_number
 from evomerge.space.genes import Gene, Genome, within_bounds
-from evomerge.space.numbers import Cast, Grid, Layers, Numbers, recipe_template, short_names
+from evomerge.space.numbers import Cast, Grid, Layers, Numbers, Scene, recipe_template, short_names
 
 # mergekit-evolve has no bounds. A number as large as this is none that a search comes to.
 _ANY = 1000.0
@@ -56,6 +55,9 @@ class GenomeConfig(BaseModel):
                 f"base_model: {base} would be one more input of {method}, without a weight; leave "
                 "it out, or list it under models"
             )
+        known = ("base", "union", base, *self.models)
+        if self.tokenizer_source is not None and self.tokenizer_source not in known:
+            raise ValueError("tokenizer_source: is base, union, or one of the genome's models")
         if method == "slerp":
             self._check_slerp()
         return self
@@ -85,10 +87,8 @@ class LargestTwo:
 
     genes: tuple[Gene, ...]
     config: GenomeConfig
-    models: tuple[str, ...]
+    scene: Scene
     base: str | None
-    layers: tuple[Layers, ...]
-    dtype: str
 
     def clip(self, genome: Genome) -> Genome:
         """Within the bounds."""
@@ -96,19 +96,17 @@ class LargestTwo:
 
     def decode(self, genome: Genome) -> Recipe:
         """t = softmax(the two genes) of the smaller; of equal genes the first one's model leads."""
-        genes_SM = genome.reshape(len(self.layers), len(self.models))  # S slices, M models
+        layers, models = self.scene.layers, self.scene.models
+        genes_SM = genome.reshape(len(layers), len(models))  # S slices, M models
         recipe: dict[str, object] = {
             "merge_method": "slerp",
             "slices": [
-                self._slice(layers, genes_M)
-                for layers, genes_M in zip(self.layers, genes_SM, strict=True)
+                self._slice(part, genes_M) for part, genes_M in zip(layers, genes_SM, strict=True)
             ],
             "parameters": {"normalize": self.config.normalizes, "int8_mask": True},
-            "dtype": self.dtype,
-            "base_model": self.base,
-            "tokenizer_source": self.config.tokenizer_source,
+            **self.scene.to_plain(),
         }
-        return Recipe.model_validate({key: value for key, value in recipe.items() if value})
+        return Recipe.model_validate(recipe | ({"base_model": self.base} if self.base else {}))
 
     def encode(self, recipe: Recipe) -> Genome | None:
         """None: what the other models' genes were is not in a recipe."""
@@ -117,48 +115,39 @@ class LargestTwo:
 
     def _slice(self, layers: Layers, genes_M: Genome) -> dict[str, object]:
         larger, smaller = np.argsort(-genes_M, kind="stable")[:2].tolist()
+        models = self.scene.models
         t = float(1 / (1 + np.exp(genes_M[larger] - genes_M[smaller])))
         sources: list[dict[str, object]] = [
-            {"model": self.models[index], "layer_range": list(layers)}
-            for index in (larger, smaller)
+            {"model": models[index], "layer_range": list(layers)} for index in (larger, smaller)
         ]
-        if self.config.tokenizer_source:
+        if self.scene.tokenizer_source is not None:
             sources[0]["parameters"], sources[1]["parameters"] = {"weight": 1 - t}, {"weight": t}
         return {
             "sources": sources,
-            "base_model": self.models[larger],
+            "base_model": models[larger],
             "parameters": {"t": t},
         }
 
 
-def evolve_shape(
-    config: GenomeConfig,
-    *,
-    base_model: str,
-    models: Sequence[str],
-    layers: Sequence[Layers],
-    dtype: str,
-) -> Numbers | LargestTwo:
-    """The space of `config` over folders, `base_model` standing for what an engine starts with."""
-    base = base_model if config.base_model is not None else None
+def evolve_shape(config: GenomeConfig, scene: Scene) -> Numbers | LargestTwo:
+    """The space of `config`, whose base, or first model where it has none, is the scene's base."""
+    base = scene.base_model if config.base_model is not None else None
+    models, layers = scene.models, scene.layers
     if config.merge_method == "slerp":
         genes = tuple(
             Gene(f"layers {first}-{end} | {model}", -_ANY, _ANY, 1 / len(models), is_weight=True)
             for first, end in layers
             for model in short_names(models)
         )
-        return LargestTwo(genes, config, tuple(models), base, tuple(layers), dtype)
-    grid = Grid(_searched(config, len(models)), tuple(models), config.filters or (), tuple(layers))
+        return LargestTwo(genes, config, scene, base)
+    grid = Grid(_searched(config, len(models)), models, config.filters or (), layers)
     template = recipe_template(
         grid,
-        Cast(tuple(models), None if base in models else base, base),
-        merge_method=config.merge_method,
-        dtype=dtype,
-        parameters={"normalize": config.normalizes, "int8_mask": True},
+        Cast(models, None if base in models else base, base),
+        {"merge_method": config.merge_method, **scene.to_plain()},
+        {"normalize": config.normalizes, "int8_mask": True},
         smooth=config.smooth,
     )
-    if config.tokenizer_source is not None:
-        template["tokenizer_source"] = config.tokenizer_source
     absolute = tuple(
         gene
         for gene, (one, *_) in enumerate(grid.places())

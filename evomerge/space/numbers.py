@@ -86,31 +86,34 @@ class Numbers:
         return None if np.isnan(genome).any() else genome
 
 
-def numbers(
-    config: SpaceConfig,
-    *,
-    base_model: str,
-    models: Sequence[str],
-    layers: Sequence[Layers],
-    dtype: str,
-) -> Numbers:
+@dataclass(frozen=True)
+class Scene:
+    """What a space is of: models by their folders, slices of layers, what all recipes say."""
+
+    base_model: str
+    models: tuple[str, ...]
+    layers: tuple[Layers, ...]
+    dtype: str
+    tokenizer_source: str | None
+
+    def to_plain(self) -> dict[str, object]:
+        """The part of every recipe that does not depend on its method."""
+        said = {"dtype": self.dtype, "tokenizer_source": self.tokenizer_source}
+        return {key: value for key, value in said.items() if value is not None}
+
+
+def numbers(config: SpaceConfig, scene: Scene) -> Numbers:
     """The space of `config`: its genes in the order slices, models, groups, parameters.
 
     In each slice the numbers that models have of their own come first, then, group by group, those
     that all share; after the last slice those that do not change from slice to slice, model by
     model, then the global ones.
     """
-    grid = Grid(config.searched, tuple(models), config.filters, tuple(layers))
-    cast = _cast(config, base_model, tuple(models))
+    grid = Grid(config.searched, scene.models, config.filters, scene.layers)
+    cast = _cast(config, scene.base_model, scene.models)
     parameters = {**_ALWAYS_WRITTEN.get(config.merge_method, {}), **config.fixed}
-    template = recipe_template(
-        grid,
-        cast,
-        merge_method=config.merge_method,
-        dtype=dtype,
-        parameters=parameters,
-        smooth=config.smooth,
-    )
+    top = {"merge_method": config.merge_method, **scene.to_plain()}
+    template = recipe_template(grid, cast, top, parameters, smooth=config.smooth)
     pairs = _pairs(config, grid) if is_della(config.rules) else ()
     return Numbers(grid.genes(), template, pairs=pairs)
 
@@ -211,16 +214,15 @@ class Grid:
 def recipe_template(
     grid: Grid,
     cast: Cast,
-    *,
-    merge_method: str,
-    dtype: str,
+    top: Mapping[str, object],
     parameters: Mapping[str, object],
-    smooth: bool = False,
+    *,
+    smooth: bool,
 ) -> dict[str, object]:
     """The recipe with slots, as slices with a number each, or models with gradients over them."""
     settings = _Settings(grid, smooth=smooth)
     everywhere = {**parameters, **settings.everywhere()}
-    recipe: dict[str, object] = {"merge_method": merge_method, "dtype": dtype}
+    recipe = dict(top)
     if cast.named_base is not None:
         recipe["base_model"] = cast.named_base
     if smooth:

@@ -14,7 +14,7 @@ from evomerge.recipe import Recipe
 from evomerge.space.config import SpaceConfig
 from evomerge.space.evolve import GenomeConfig, evolve_shape
 from evomerge.space.genes import Genome, Shape
-from evomerge.space.numbers import Layers, numbers
+from evomerge.space.numbers import Layers, Scene, numbers
 from evomerge.space.stack import stack
 
 
@@ -48,6 +48,15 @@ class SearchSpace:
         _check_models(models)
         form = _form(config, base_model, models, num_layers, dtype)
         return cls(config, base_model, tuple(models), num_layers, dtype, form)
+
+    @property
+    def whole(self) -> dict[str, object]:
+        """What every recipe of the search says, the baselines' too."""
+        said: dict[str, object] = {"dtype": self.dtype}
+        source = _tokenizer_source(self.config, self.base_model, self.models)
+        if source is not None:
+            said |= {"tokenizer_source": source, "base_model": self.base_model}
+        return said
 
     @property
     def dimension(self) -> int:
@@ -145,16 +154,32 @@ def _form(
     num_layers: int,
     dtype: str,
 ) -> Shape:
+    tokenizer = _tokenizer_source(config, base_model, models)
     if isinstance(config, SpaceConfig) and config.stack is not None:
         return stack(
-            config.stack, base_model=base_model, models=models, num_layers=num_layers, dtype=dtype
+            config.stack,
+            base_model=base_model,
+            models=models,
+            num_layers=num_layers,
+            dtype=dtype,
+            tokenizer_source=tokenizer,
         )
     layers = _slices(config, base_model, num_layers)
+    scene = Scene(base_model, tuple(models), layers, dtype, tokenizer)
     if isinstance(config, GenomeConfig):
-        return evolve_shape(
-            config, base_model=base_model, models=models, layers=layers, dtype=dtype
-        )
-    return numbers(config, base_model=base_model, models=models, layers=layers, dtype=dtype)
+        return evolve_shape(config, scene)
+    return numbers(config, scene)
+
+
+def _tokenizer_source(
+    config: SpaceConfig | GenomeConfig, base_model: str, models: Sequence[str]
+) -> str | None:
+    """ "base", "union" or a folder; None where all models have one vocabulary."""
+    source = config.tokenizer_source
+    if source is None or not isinstance(config, GenomeConfig):
+        return source
+    folders = {config.served: base_model, **dict(zip(config.models, models, strict=True))}
+    return folders.get(source, source)
 
 
 def _slices(

@@ -56,6 +56,7 @@ class Stack:
     max_layers: int
     base_model: str
     dtype: str
+    tokenizer_source: str | None
 
     def clip(self, genome: Genome) -> Genome:
         """Within the bounds."""
@@ -78,6 +79,7 @@ class Stack:
                 "merge_method": "passthrough",
                 "base_model": self.base_model,
                 "dtype": self.dtype,
+                "tokenizer_source": self.tokenizer_source,
                 "slices": [{"sources": [self._source(piece)]} for piece in pieces],
             }
         )
@@ -127,7 +129,13 @@ class Stack:
 
 
 def stack(
-    config: StackConfig, *, base_model: str, models: Sequence[str], num_layers: int, dtype: str
+    config: StackConfig,
+    *,
+    base_model: str,
+    models: Sequence[str],
+    num_layers: int,
+    dtype: str,
+    tokenizer_source: str | None = None,
 ) -> Stack:
     """The space over the layers of `models`, which begins at the first of them as it is.
 
@@ -152,7 +160,7 @@ def stack(
             f"(max_layers) layers: all models have {total} together, in blocks of {config.block}"
         )
     genes = _genes(config, blocks, models, num_layers // config.block)
-    return Stack(blocks, genes, config, limit, base_model, dtype)
+    return Stack(blocks, genes, config, limit, base_model, dtype, tokenizer_source)
 
 
 def _genes(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import resolve_study, what_changed
 from evomerge.search.status import stored_study, trial_recipe
 from evomerge.search.study import StudyConfig, read_study, study_from_mapping
+from evomerge.space import SearchSpace
+from tests import tiny
 from tests.search.formula import opener
 
 Study = Callable[..., StudyConfig]
@@ -43,11 +47,16 @@ def stored_answers(storage: Path, candidate: str) -> dict[str, str]:
     return found
 
 
-def answers_from_disk(recipe: Recipe, prompts: list[str], folder: Path) -> list[str]:
+def answers_from_disk(
+    recipe: Recipe, prompts: list[str], folder: Path, engine_name: str = "transformers"
+) -> list[str]:
     """What the model of `recipe` answers when it is written and opened as any other."""
     model = str(materialize(recipe, folder))
-    config = EngineConfig(model=model, sources=(model,), dtype="float32", threads=1)
-    with open_engine("transformers", config) as engine:
+    options = {"max_model_len": 64}
+    config = EngineConfig(
+        model=model, sources=(model,), dtype="float32", threads=1, options=options
+    )
+    with open_engine(engine_name, config) as engine:
         settings = GenerationSettings(max_tokens=5)
         completions = engine.generate(prompts, settings, add_special_tokens=True)
     return [completion.text for completion in completions]
@@ -302,3 +311,77 @@ def test_a_wrong_search_space_names_file_and_key(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve_study(study(search_space=space), tmp_path)
+
+
+@pytest.mark.slow
+def test_models_with_other_vocabularies_are_searched_with_the_bases_tokenizer(
+    study: Study, models: Path, tmp_path: Path
+) -> None:
+    wide = tiny.llama(tmp_path / "wide", layers=4, hidden=64, vocabulary=300, seed=5)
+    changes: dict[str, Any] = {
+        "models": [str(models / "left"), str(wide)],
+        "suite": suite(tmp_path),
+        "engine": TINY,
+        "sampler": {"population": 4},
+    }
+    space = {"merge_method": "dare_ties", "layer_granularity": 4}
+    with pytest.raises(ConfigError, match="tokenizer_source"):
+        resolve_study(study(search_space=space, **changes), tmp_path / "storage")
+    asked = study(search_space={**space, "tokenizer_source": "base"}, **changes)
+    outcome = searched(asked, tmp_path / "storage", trials=4)
+    assert [trial["state"] for trial in outcome.status["trials"]] == ["complete"] * 4
+    scores = outcome.status["outcome"]["search"]
+    assert None not in scores["models"].values()
+    recipe = trial_recipe(tmp_path / "storage", "formula", 1)
+    written = materialize(recipe, tmp_path / "model")
+    assert Checkpoint.open(written).config["vocab_size"] == 261
+
+
+PRESETS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+    if "\nstudy:" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_how_it_is_run_and_spends_its_budget(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    comment = [line for line in lines if line.startswith("#")]
+    assert comment == lines[: len(comment)]
+    assert f"evomerge search {path.stem}" in comment[-1]
+    preset = read_study(path.stem)
+    space = SearchSpace.build(
+        preset.space,
+        base_model=preset.base_model,
+        models=preset.models,
+        num_layers=40 if "13b" in path.stem else 32,
+        dtype=preset.engine.dtype,
+    )
+    assert f" {space.dimension} genes" in " ".join(line.lstrip("# ") for line in comment)
+    assert preset.budget.trials % preset.sampler.population_for(space.dimension) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("default")
+def test_a_search_over_densities_in_vllm_scores_the_models_that_lie_on_disk(
+    study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    file = study_file(
+        search_space={"merge_method": "ties", "layer_granularity": 2, "filters": ["mlp"]},
+        suite=suite(tmp_path),
+        engine={**TINY, "name": "vllm", "max_model_len": 64, "max_num_seqs": 8},
+        sampler={"population": 4},
+        budget={"trials": 4},
+        holdout=0,
+    )
+    command = [sys.executable, "-m", "evomerge", "search", str(file), "--storage"]
+    ran = subprocess.run([*command, str(tmp_path / "kept")], check=True, capture_output=True)
+    assert b"by disk" not in ran.stderr
+    told = [stored_answers(tmp_path / "kept", f"trial {number}") for number in range(4)]
+    assert len({json.dumps(one) for one in told}) > 1
+    recipe = trial_recipe(tmp_path / "kept", "formula", 3)
+    written = answers_from_disk(recipe, list(told[3]), tmp_path / "model", "vllm")
+    assert written == list(told[3].values())
