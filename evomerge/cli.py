@@ -242,12 +242,13 @@ def merge(
 ) -> None:
     """Merge models as a mergekit YAML says, into a complete model folder."""
     shard_bytes = parse_size(max_shard_size)
+    from evomerge.recipe import read_recipe
+
+    wanted = read_recipe(recipe, lenient=lenient, say=_say)  # its mistakes need no torch
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
-    from evomerge.recipe import read_recipe
     from evomerge.report.export import merge_recipe
 
-    wanted = read_recipe(recipe, lenient=lenient, say=_say)
     refuse_existing(out.absolute(), overwrite=overwrite)
     inputs = InputModels(storage_directory(storage), say=_say)
     with _mistakes_of(recipe):

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, nearest, shown
 from evomerge.recipe import DtypeName, ModelName, Say
 from evomerge.settings import CUTOFF
 from evomerge.strict_yaml import load_yaml
@@ -40,7 +40,9 @@ def _nothing_as_empty(value: object) -> object:
 
 def _check_gate_mode(name: str) -> str:
     if name not in GATE_MODES:
-        raise ValueError(f"unknown gate mode {name!r}{nearest(name, GATE_MODES, cutoff=CUTOFF)}")
+        raise ValueError(
+            f"unknown gate mode {shown(name)}{nearest(name, GATE_MODES, cutoff=CUTOFF)}"
+        )
     return name
 
 
@@ -262,7 +264,7 @@ def _describe(mistake: ErrorDetails) -> str:
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return place + message
-    return f"{place}{message} (given: {mistake['input']!r})"
+    return f"{place}{message} (given: {shown(mistake['input'])})"
 
 
 def _count(number: int, word: str) -> str:

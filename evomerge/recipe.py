@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigError, nearest, shown
 from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules
-from evomerge.settings import CUTOFF, Setting, Settings, check_setting, misfits
+from evomerge.settings import CUTOFF, Setting, Settings, check_setting, misfits, unread_conditions
 from evomerge.strict_yaml import load_yaml
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
@@ -503,6 +503,7 @@ def _judge(
             notes.append(f"{name} of one model ({rules.name} reads it for all models together)")
         else:
             mistakes += [f"{place}parameters.{wrong}" for wrong in misfits(parameter, setting)]
+            notes += unread_conditions(f"{place}parameters.{name}", setting)
 
 
 def _refuse_repeats(key: str, names: Sequence[str]) -> None:

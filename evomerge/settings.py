@@ -79,6 +79,26 @@ def misfits(parameter: Parameter, setting: Setting) -> list[str]:
     ]
 
 
+def unread_conditions(name: str, setting: Setting) -> list[str]:
+    """Conditions that no tensor reaches, one line each: an earlier one matches all that they do."""
+    if not isinstance(setting, list) or not all(isinstance(item, Mapping) for item in setting):
+        return []
+    filters = [_wanted(condition) for condition in setting]
+    unread: list[str] = []
+    for number, wanted in enumerate(filters):
+        first = next((other for other in filters[:number] if other in wanted), None)
+        if first is not None:
+            this, that = (f"filter {one!r}" if one else "no filter" for one in (wanted, first))
+            unread.append(f"{name}: the value with {this} (the one with {that} comes before)")
+    return unread
+
+
+def _wanted(condition: Mapping[str, Setting]) -> str:
+    """What a tensor's name has to contain; "" for all names."""
+    wanted = condition.get("filter")
+    return "" if wanted in (None, "*") else str(wanted)
+
+
 def _misfit(parameter: Parameter, scalar: object) -> str | None:
     name = parameter.name
     if parameter.kind is bool:

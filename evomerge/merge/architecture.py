@@ -106,6 +106,11 @@ class Architecture:
         """All modules, the one with the language model's layers first."""
         return (self.main, *self.others)
 
+    def said(self, key: str) -> object:
+        """What the config says of the language model under `key`; None where nothing."""
+        section = value_at(self.config, text_section(self.config))
+        return _first_said(key, (self.config, section))
+
     @cached_property
     def embedding_header(self) -> TensorHeader:
         """The token embeddings, in whichever module they lie."""

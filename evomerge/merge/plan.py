@@ -386,13 +386,13 @@ def _refuse_mixed_models(
     first, *others = architectures
     for name in others:
         for key in ("architectures", *_SHARED_CONFIG_KEYS):
-            values = checkpoints[first].config.get(key), checkpoints[name].config.get(key)
+            values = [architectures[model].said(key) for model in (first, name)]
             if None not in values and values[0] != values[1]:
                 raise ConfigError(
                     f"{checkpoints[name].directory / 'config.json'}: {key}: {values[1]!r}, but "
                     f"{first} has {values[0]!r}; models of one architecture and shape can be merged"
                 )
-        if architectures[name].module_names != architectures[first].module_names:
+        if set(architectures[name].module_names) != set(architectures[first].module_names):
             raise ConfigError(
                 f"{checkpoints[name].directory}: has the modules "
                 f"{', '.join(architectures[name].module_names)}, but {first} has "

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import random
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules, Parameter
+from tests.golden import moe_cases
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -32,6 +34,7 @@ KEYS = (
     *("out_dtype", "tokenizer_source", "tokenizer", "chat_template", "model", "layer_range"),
     *("sources", "weight", "density", "default", "text_decoder", "source", "tokens", "kind"),
     *("residual_weight", "pad_to_multiple_of", "filter", "value", "lora", "path", "wieght", ""),
+    *("experts", "source_model", "gate_mode", "positive_prompts", "shared_experts", "noise_scale"),
     *PARAMETER_NAMES,
 )
 
@@ -89,10 +92,18 @@ def seeds() -> list[dict[str, Any]]:
     return [*itertools.chain(*written), *(_full(rules) for rules in METHODS.values())]
 
 
-def mutated(case: int) -> bytes:
-    """The content of a recipe file in which something is wrong, or not: the same for a number."""
+@functools.cache
+def mixtures() -> list[dict[str, Any]]:
+    """Mixtures of experts that are right."""
+    scaled = {"source_model": "first", "noise_scale": 0.1, "residual_scale": 0.5}
+    more = {"base_model": "base", "gate_mode": "uniform_random", "experts_per_token": 1}
+    more |= {"experts": [{"source_model": "base"}, scaled], "architecture": "mixtral"}
+    return [*(yaml.safe_load(textwrap.dedent(text)) for text in moe_cases.CASES.values()), more]
+
+
+def mutated(case: int, corpus: list[dict[str, Any]]) -> bytes:
+    """A file's content with something wrong in it, or not: for the same case the same."""
     chance = random.Random(f"recipe {case}")
-    corpus = seeds()
     recipe = copy.deepcopy(chance.choice(corpus))
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         recipe = chance.choice(_TREE_CHANGES)(chance, recipe, corpus)

@@ -1,7 +1,7 @@
-"""Mutated recipes: each becomes a model or one clear error, never a traceback or a leftover.
+"""Mutated recipes and mixtures: a model or one clear error, never a traceback or a leftover.
 
 500 of them by default; EVOMERGE_FUZZ=10000 runs as many as it says. A failure prints the number of
-the recipe and its file: `mutations.mutated(number)` makes it again.
+the recipe and its file: `mutations.mutated(number, mutations.seeds())` makes it again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from transformers import AutoTokenizer
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.inputs import InputModels
+from evomerge.moe_config import read_moe_config
 from evomerge.recipe import read_recipe
 from evomerge.report.export import merge_recipe
-from tests.golden.inputs import write_inputs
+from evomerge.report.moe import build_moe
+from tests.golden.moe_cases import write_moe_inputs
 from tests.merge import mutations
 
 COUNT = int(os.environ.get("EVOMERGE_FUZZ", "500"))
@@ -31,7 +34,7 @@ SECONDS = 5
 LONGEST_LINE = 2_000
 
 
-class TooSlowError(Exception):
+class TooSlow(BaseException):
     """A recipe took longer than SECONDS."""
 
 
@@ -39,7 +42,8 @@ class TooSlowError(Exception):
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> InputModels:
     """The models that recipes name, and a hub that does not answer."""
     folder = tmp_path_factory.mktemp("models")
-    write_inputs(folder)
+    write_moe_inputs(folder)
+    AutoTokenizer.from_pretrained(folder / "base")  # imports much, which is no recipe's fault
     storage = tmp_path_factory.mktemp("storage")
     return InputModels(storage, folder=folder, hub_seconds=0.01)
 
@@ -48,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> InputModels:
 def within(seconds: int) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
-        raise TooSlowError(f"no end within {seconds} s")
+        raise TooSlow(f"no end within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -59,57 +63,81 @@ def within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(content: bytes, inputs: InputModels, folder: Path, *, lenient: bool) -> str | None:
-    """What is said of a recipe; None where it becomes a model. All other errors pass through."""
-    file, out = folder / "recipe.yaml", folder / "out"
+def merge_file(file: Path, out: Path, inputs: InputModels, *, lenient: bool) -> None:
+    recipe = read_recipe(file, lenient=lenient, say=lambda line: None)
+    merge_recipe(recipe, out, inputs, verbatim=file.read_text(encoding="utf-8"))
+
+
+def build_file(file: Path, out: Path, inputs: InputModels, *, lenient: bool) -> None:
+    config = read_moe_config(file, lenient=lenient, say=lambda line: None)
+    build_moe(config, out, inputs, verbatim=file.read_text(encoding="utf-8"))
+
+
+MAKE = {"recipe": (mutations.seeds, merge_file), "mixture": (mutations.mixtures, build_file)}
+CASES = [
+    *(("recipe", first, min(first + BATCH, COUNT)) for first in range(0, COUNT, BATCH)),
+    ("mixture", 0, COUNT // 10),
+]
+
+
+def outcome(
+    kind: str, content: bytes, inputs: InputModels, folder: Path, *, lenient: bool = False
+) -> str | None:
+    """What is said of a file; None where it becomes a model. All other errors pass through."""
+    file, out = folder / "file.yaml", folder / "out"
     file.write_bytes(content)
+    _, make = MAKE[kind]
     try:
         with within(SECONDS):
-            recipe = read_recipe(file, lenient=lenient, say=lambda line: None)
-            merge_recipe(recipe, out, inputs, verbatim=file.read_text(encoding="utf-8"))
+            make(file, out, inputs, lenient=lenient)
     except (ConfigError, CandidateError) as error:
         return str(error)
     shutil.rmtree(out)
     return None
 
 
-@pytest.mark.parametrize("first", range(0, COUNT, BATCH))
-def test_a_mutated_recipe_is_merged_or_refused(
-    first: int, inputs: InputModels, tmp_path: Path
+@pytest.mark.parametrize(("kind", "first", "stop"), CASES)
+def test_a_mutated_file_is_merged_or_refused(
+    kind: str, first: int, stop: int, inputs: InputModels, tmp_path: Path
 ) -> None:
-    for case in range(first, min(first + BATCH, COUNT)):
-        content = mutations.mutated(case)
+    corpus = MAKE[kind][0]()
+    for case in range(first, stop):
+        content = mutations.mutated(case, corpus)
         try:
-            said = outcome(content, inputs, tmp_path, lenient=case % 5 == 0)
-        except Exception as error:
-            pytest.fail(f"recipe {case}: {type(error).__name__}: {error}\n{content!r}")
-        left = [path.name for path in tmp_path.iterdir() if path.name != "recipe.yaml"]
-        assert left == [], f"recipe {case}"
+            said = outcome(kind, content, inputs, tmp_path, lenient=case % 5 == 0)
+        except (Exception, TooSlow) as error:
+            pytest.fail(f"{kind} {case}: {type(error).__name__}: {error}\n{content!r}")
+        left = [path.name for path in tmp_path.iterdir() if path.name != "file.yaml"]
+        assert left == [], f"{kind} {case}"
         if said is not None:
             longest = max(map(len, said.encode().splitlines()), default=0)
-            assert 0 < longest <= LONGEST_LINE, f"recipe {case}: {said}"
+            assert 0 < longest <= LONGEST_LINE, f"{kind} {case}: {said}"
 
 
-def test_the_recipes_that_are_mutated_are_right(inputs: InputModels, tmp_path: Path) -> None:
-    for recipe in mutations.seeds():
-        said = outcome(mutations.written(recipe), inputs, tmp_path, lenient=False)
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_files_that_are_mutated_are_right(
+    kind: str, inputs: InputModels, tmp_path: Path
+) -> None:
+    for recipe in MAKE[kind][0]():
+        said = outcome(kind, mutations.written(recipe), inputs, tmp_path)
         assert said is None, f"{recipe}: {said}"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_a_line_and_leaves_nothing(
     inputs: InputModels, tmp_path: Path
 ) -> None:
     refused = [
         content
-        for content in map(mutations.mutated, range(60))
-        if outcome(content, inputs, tmp_path, lenient=False) is not None
+        for content in (mutations.mutated(case, mutations.seeds()) for case in range(60))
+        if outcome("recipe", content, inputs, tmp_path) is not None
     ]
     work = tmp_path / "work"
     work.mkdir()
     for content in refused[: max(6, min(20, COUNT // 500))]:
-        (tmp_path / "recipe.yaml").write_bytes(content)
+        (tmp_path / "file.yaml").write_bytes(content)
         ran = subprocess.run(
-            [sys.executable, "-m", "evomerge", "merge", str(tmp_path / "recipe.yaml"), "out"],
+            [sys.executable, "-m", "evomerge", "merge", str(tmp_path / "file.yaml"), "out"],
             cwd=work,
             capture_output=True,
             text=True,
@@ -119,6 +147,6 @@ def test_the_command_line_says_it_in_a_line_and_leaves_nothing(
         )
         assert ran.returncode == 2, (content, ran)
         assert "Traceback" not in ran.stderr, (content, ran.stderr)
-        assert str(tmp_path / "recipe.yaml") in ran.stderr.replace("\n", ""), ran.stderr
+        assert str(tmp_path / "file.yaml") in ran.stderr.replace("\n", ""), ran.stderr
         assert ran.stdout == ""
         assert list(work.iterdir()) == []
