@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError, ConfigError, nearest
+from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -41,115 +41,30 @@ from evomerge.merge.materialize import (
     require_space,
 )
 from evomerge.merge.methods import has_overflow
+from evomerge.merge.moe_kinds import (
+    BIASES,
+    DENSE_KEYS,
+    DENSE_NAMES,
+    MIXTRAL,
+    MLP,
+    NORMS_AND_ATTENTION,
+    PROJECTIONS,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    STACK,
+    Kind,
+    Layout,
+    choose_kind,
+    layout_of,
+    model_type,
+    with_defaults,
+)
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.moe_config import Expert, MoEConfig
 
 MOE_CONFIG_FILE = "mergekit_moe_config.yml"
 # Above it the gates of a layer are so alike that some expert is hardly ever chosen (mergekit's).
 LARGEST_CONDITION = 5.0
-
-_STACK = "model.layers"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_MLP = {f"mlp.{projection}.weight" for projection in _PROJECTIONS}
-_NORMS_AND_PROJECTIONS = frozenset(
-    {
-        *("input_layernorm.weight", "post_attention_layernorm.weight"),
-        *(f"self_attn.{letter}_proj.weight" for letter in "qkvo"),
-    }
-)
-_BIASES = frozenset(f"self_attn.{letter}_proj.bias" for letter in "qkv")
-
-# What transformers takes where an (old) config.json is silent; other classes have other defaults.
-_COMMON_DEFAULTS: Mapping[str, object] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
-# Keys of dense configs that mean nothing to a mixture, or something else.
-_DENSE_KEYS = (
-    *("auto_map", "pretraining_tp", "mlp_bias", "attention_bias", "layer_types"),
-    *("use_sliding_window", "max_window_layers", "sliding_window", "_name_or_path"),
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one model class names and configures a mixture.
-
-    `block` is what a layer calls it, `names` what the experts call the dense projections;
-    `attention` are the other tensors of a layer that the class knows.
-    """
-
-    model_type: str
-    model_class: str
-    block: str
-    names: Mapping[str, str]
-    attention: frozenset[str]
-    count_key: str
-    has_shared_gate: bool = False
-
-
-_DENSE_NAMES = {projection: projection for projection in _PROJECTIONS}
-MIXTRAL = Layout(
-    "mixtral",
-    "MixtralForCausalLM",
-    "block_sparse_moe",
-    {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-    _NORMS_AND_PROJECTIONS,
-    "num_local_experts",
-)
-QWEN2_MOE = Layout(
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    "mlp",
-    _DENSE_NAMES,
-    _NORMS_AND_PROJECTIONS | _BIASES,
-    "num_experts",
-    has_shared_gate=True,
-)
-QWEN3_MOE = Layout(
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    "mlp",
-    _DENSE_NAMES,
-    _NORMS_AND_PROJECTIONS
-    | _BIASES
-    | {"self_attn.o_proj.bias", "self_attn.q_norm.weight", "self_attn.k_norm.weight"},
-    "num_experts",
-)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of mixture as `architecture:` names it, and what it can be made of."""
-
-    name: str
-    inputs: tuple[str, ...]
-    least_shared: int
-    most_shared: int
-    gates_shared: bool = False
-
-
-# In the order in which they are tried. mergekit's names, of which any beginning will do.
-KINDS = (
-    Kind("mixtral", ("llama", "mistral"), 0, 0),
-    Kind("deepseek moe", ("llama", "mistral"), 0, 1),
-    Kind("qwen moe", ("llama", "mistral", "qwen2"), 1, 1, gates_shared=True),
-    Kind("qwen3 moe", ("qwen3",), 0, 0),
-)
-_OTHER_NAMES = {"qwen2": "qwen", "qwen2 moe": "qwen moe", "qwen2moe": "qwen moe"}
 
 
 @dataclass(frozen=True)
@@ -273,72 +188,9 @@ def _checked(
     seed: int = 0,
 ) -> _Builder:
     kind = choose_kind(config, checkpoints)
-    builder = _Builder(config, checkpoints, _layout(kind, config), kind, gates, seed)
+    builder = _Builder(config, checkpoints, layout_of(kind, config), kind, gates, seed)
     builder.check()
     return builder
-
-
-def choose_kind(config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> Kind:
-    """The kind of mixture that `architecture` asks for, or else the first that fits.
-
-    Raises ConfigError where none fits, with the reason of each that was tried.
-    """
-    wanted = _kinds_named(config.architecture)
-    reasons = {kind.name: _obstacle(kind, config, checkpoints) for kind in wanted}
-    for kind in wanted:
-        if reasons[kind.name] is None:
-            return kind
-    described = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ConfigError(f"no mixture of these models is possible: {described}")
-
-
-def _kinds_named(architecture: str | None) -> tuple[Kind, ...]:
-    if architecture is None:
-        return KINDS
-    plain = " ".join(architecture.lower().replace("_", " ").replace("-", " ").split())
-    plain = _OTHER_NAMES.get(plain, plain)
-    found = tuple(kind for kind in KINDS if plain and kind.name.startswith(plain))
-    if not found:
-        names = [kind.name for kind in KINDS]
-        raise ConfigError(f"architecture: {architecture!r} is not known{nearest(plain, names)}")
-    return found
-
-
-def _obstacle(kind: Kind, config: MoEConfig, checkpoints: Mapping[str, Checkpoint]) -> str | None:
-    """Why `config` cannot become a mixture of this kind; None where it can."""
-    base_type = _model_type(checkpoints[config.base_model])
-    if base_type not in kind.inputs:
-        return f"is made of {' or '.join(kind.inputs)}, but {config.base_model} is {base_type}"
-    for name in config.model_names():
-        other = _model_type(checkpoints[name])
-        if other != base_type:
-            return f"takes models of one type, but {name} is {other} and the base {base_type}"
-    count = len(config.shared_experts)
-    if not kind.least_shared <= count <= kind.most_shared:
-        right = (
-            f"exactly {kind.most_shared}" if kind.least_shared else f"at most {kind.most_shared}"
-        )
-        return f"has {right} shared expert{'s' * (kind.most_shared != 1)}, not {count}"
-    for index, expert in enumerate(config.shared_experts):
-        asks = bool(expert.positive_prompts or expert.negative_prompts)
-        if kind.gates_shared and config.has_learned_gates and not expert.positive_prompts:
-            return f"shared_experts.{index}: positive_prompts: at least one is needed for its gate"
-        if not kind.gates_shared and asks:
-            return f"shared_experts.{index}: has prompts, but this kind has no gate for it"
-    return None
-
-
-def _model_type(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("model_type"))
-
-
-def _layout(kind: Kind, config: MoEConfig) -> Layout:
-    if kind.name == "deepseek moe":
-        # Without a shared expert it is Mixtral's function. With one, no class of transformers has
-        # Llama's attention, softmax gates and an ungated shared expert; Qwen2-MoE is exactly that
-        # where the shared gate is 0 (sigmoid(0) = 1/2) and the shared down projection doubled.
-        return QWEN2_MOE if config.shared_experts else MIXTRAL
-    return {"mixtral": MIXTRAL, "qwen moe": QWEN2_MOE, "qwen3 moe": QWEN3_MOE}[kind.name]
 
 
 @dataclass(frozen=True)
@@ -361,14 +213,14 @@ class _Builder:
         """That of the configuration, else of the base's config, else of its embeddings."""
         named = self.moe.dtype or self.base.config.get("dtype", self.base.config.get("torch_dtype"))
         found = getattr(torch, str(named).removeprefix("torch."), None)
-        if isinstance(found, torch.dtype):
+        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
             return found
         return self.base.architecture.embedding_header.dtype
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of one expert's projections, which every layer of every expert has."""
-        return {name: self.base.architecture.layers[0][name].shape for name in sorted(_MLP)}
+        return {name: self.base.architecture.layers[0][name].shape for name in sorted(MLP)}
 
     def check(self) -> None:
         """Raises ConfigError where a model has tensors or shapes that the output cannot hold."""
@@ -388,10 +240,10 @@ class _Builder:
 
     def _layer(self, index: int) -> Iterator[MoETensor]:
         layer = self.base.architecture.layers[index]
-        yield from (self._copy(header) for rest, header in layer.items() if rest not in _MLP)
+        yield from (self._copy(header) for rest, header in layer.items() if rest not in MLP)
         if self.layout is QWEN2_MOE:  # vLLM and llama.cpp expect them of every model of this class
             yield from self._zero_biases(layer)
-        block = f"{_STACK}.{index}.{self.layout.block}"
+        block = f"{STACK}.{index}.{self.layout.block}"
         count = len(self.moe.experts)
         yield self._gate(f"{block}.gate.weight", index, slice(0, count))
         for number, expert in enumerate(self.moe.experts):
@@ -406,7 +258,7 @@ class _Builder:
                 )
             yield from self._expert(
                 f"{block}.shared_expert",
-                _DENSE_NAMES,
+                DENSE_NAMES,
                 expert,
                 index,
                 factor=1.0 if self.kind.gates_shared else 2.0,
@@ -421,7 +273,7 @@ class _Builder:
         return MoETensor(header.name, header.shape, self.dtype, make)
 
     def _zero_biases(self, layer: Mapping[str, TensorHeader]) -> Iterator[MoETensor]:
-        for rest in sorted(_BIASES - layer.keys()):
+        for rest in sorted(BIASES - layer.keys()):
             weight = layer[rest.replace("bias", "weight")]
             name = weight.name.replace(".weight", ".bias")
             rows = weight.shape[0]
@@ -445,7 +297,7 @@ class _Builder:
         factor: float = 1.0,
     ) -> Iterator[MoETensor]:
         checkpoint = self.checkpoints[expert.source_model]
-        for projection in _PROJECTIONS:
+        for projection in PROJECTIONS:
             header = checkpoint.architecture.layers[layer][f"mlp.{projection}.weight"]
             name = f"{prefix}.{names[projection]}.weight"
             scale = 1.0
@@ -463,13 +315,16 @@ class _Builder:
 
     def config(self) -> dict[str, Any]:
         """The content of config.json: the base's, as the output's class has it."""
-        given = _with_defaults(self.base)
-        config = {key: value for key, value in given.items() if key not in _DENSE_KEYS}
+        given = with_defaults(self.base)
+        config = {key: value for key, value in given.items() if key not in DENSE_KEYS}
         config |= {
             "architectures": [self.layout.model_class],
             "model_type": self.layout.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "tie_word_embeddings": self.base.architecture.tied,
+            "vocab_size": self.base.architecture.embedding_header.shape[0],
+            "hidden_size": self._hidden,
+            "intermediate_size": self.shapes["mlp.gate_proj.weight"][0],
             self.layout.count_key: len(self.moe.experts),
             "num_experts_per_tok": self.moe.experts_per_token,
             "output_router_logits": False,
@@ -551,9 +406,9 @@ def _gate_notes(gates: Tensor) -> list[str]:
 
 
 def _window_notes(builder: _Builder) -> Iterable[str]:
-    config = _with_defaults(builder.base)
+    config = with_defaults(builder.base)
     window = config.get("sliding_window")
-    used = config.get("use_sliding_window", True)
+    used = config.get("use_sliding_window", model_type(builder.base) == "mistral")
     if builder.layout is not MIXTRAL and window and used:
         yield (
             f"warning: {builder.moe.base_model} attends to the last {window} tokens, the mixture "
@@ -573,34 +428,20 @@ def _kind_notes(kind: Kind, layout: Layout) -> Iterable[str]:
         )
 
 
-def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config of a dense model with what its class takes where the file is silent."""
-    config = dict(checkpoint.config)
-    defaults = {**_COMMON_DEFAULTS, **_DEFAULTS[_model_type(checkpoint)]}
-    if "rope_parameters" in config:
-        defaults.pop("rope_theta")
-    config |= {key: value for key, value in defaults.items() if key not in config}
-    if config.get("num_key_value_heads") is None:
-        config["num_key_value_heads"] = config["num_attention_heads"]
-    if config.get("head_dim", 0) is None:
-        del config["head_dim"]
-    return config
-
-
 def _check_base(name: str, base: Checkpoint, layout: Layout) -> None:
     architecture = base.architecture
-    if architecture.stack != _STACK:
-        raise ConfigError(f"{name}: its layers are called {architecture.stack}, not {_STACK}")
-    needed = _NORMS_AND_PROJECTIONS | _MLP
+    if architecture.stack != STACK:
+        raise ConfigError(f"{name}: its layers are called {architecture.stack}, not {STACK}")
+    needed = NORMS_AND_ATTENTION | MLP
     for index, layer in enumerate(architecture.layers):
-        for rest in sorted(layer.keys() - layout.attention - _MLP):
+        for rest in sorted(layer.keys() - layout.attention - MLP):
             raise ConfigError(
                 f"{name}: has {layer[rest].name}, for which {layout.model_class} has no place"
             )
         for rest in sorted(needed - layer.keys()):
-            raise ConfigError(f"{name}: {_STACK}.{index}.{rest} is missing")
-    types = base.config.get("layer_types") or []
-    if any(kind != "full_attention" for kind in types) and len(set(types)) > 1:
+            raise ConfigError(f"{name}: {STACK}.{index}.{rest} is missing")
+    types = base.config.get("layer_types")
+    if isinstance(types, list) and any(kind != types[0] for kind in types):
         raise ConfigError(f"{name}: layer_types: a mixture has the same attention in all layers")
 
 
@@ -619,21 +460,22 @@ def _check_expert(
         mlp = {rest: header.shape for rest, header in layer.items() if rest.startswith("mlp.")}
         for rest in sorted(mlp.keys() ^ shapes.keys()):
             says = "is missing" if rest in shapes else "has no place in a mixture"
-            raise ConfigError(f"{name}: {_STACK}.{index}.{rest} {says}")
+            raise ConfigError(f"{name}: {STACK}.{index}.{rest} {says}")
         for rest, shape in shapes.items():
             if mlp[rest] != shape:
                 raise ConfigError(
-                    f"{name}: {_STACK}.{index}.{rest} has shape {list(mlp[rest])}, but "
+                    f"{name}: {STACK}.{index}.{rest} has shape {list(mlp[rest])}, but "
                     f"{list(shape)} in {base_name}"
                 )
-    ours, theirs = (_with_defaults(model).get("hidden_act") for model in (base, checkpoint))
+    ours, theirs = (with_defaults(model).get("hidden_act") for model in (base, checkpoint))
     if ours != theirs:
         raise ConfigError(f"{name}: hidden_act is {theirs}, but {ours} in {base_name}")
 
 
 def _check_head_size(name: str, base: Checkpoint) -> None:
-    config = _with_defaults(base)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    config = with_defaults(base)
+    heads = config["num_attention_heads"]
+    hidden = base.architecture.embedding_header.shape[1]
     size = config.get("head_dim", hidden // heads)
     if size != hidden // heads:
         raise ConfigError(

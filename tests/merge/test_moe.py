@@ -8,9 +8,11 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
@@ -20,7 +22,8 @@ from evomerge.errors import ConfigError, OutputExistsError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import materialize
-from evomerge.merge.moe import _DEFAULTS, _with_defaults, expert_weight, plan_moe, random_gate
+from evomerge.merge.moe import expert_weight, plan_moe, random_gate
+from evomerge.merge.moe_kinds import with_defaults
 from evomerge.moe_config import MoEConfig, parse_moe_config
 from evomerge.recipe import recipe_from_mapping
 from evomerge.report.moe import build_moe
@@ -435,10 +438,10 @@ def test_silent_configs_mean_what_transformers_takes_for_them() -> None:
     for model_type, config_class in classes.items():
         config = config_class()
         silent = {"model_type": model_type, "num_attention_heads": config.num_attention_heads}
-        found = _with_defaults(Checkpoint(Path(), silent, {}))
+        found = with_defaults(Checkpoint(Path(), silent, {}))
         assert found.pop("rope_theta") == config.rope_parameters["rope_theta"]
         assert {key: getattr(config, key) for key in found} == found
-        assert _DEFAULTS[model_type].keys() <= found.keys()
+        assert found.keys() >= {"max_position_embeddings", "num_key_value_heads", "rms_norm_eps"}
 
 
 def test_an_old_config_gives_the_same_model(models: Path, tmp_path: Path) -> None:
@@ -589,6 +592,73 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(
         build(text, models, tmp_path / "out")
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("out*"))
+
+
+def mutated(config: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
+    """A copy of `config` with one to three of its parts removed, renamed, doubled or replaced."""
+    values = [None, [], {}, "", "x", -1, 0, 1.5, 10**9, float("nan"), True, ["x"], {"x": "y"}]
+    copy = json.loads(json.dumps(config))
+    for _ in range(random.integers(1, 4)):
+        experts = copy.get("experts")
+        below = experts if isinstance(experts, list) else []
+        places = [place for place in [copy, *below] if isinstance(place, dict) and place]
+        if not places:
+            break
+        place = places[random.integers(len(places))]
+        key = list(place)[random.integers(len(place))]
+        match random.integers(4):
+            case 0:
+                del place[key]
+            case 1:
+                place[key + "s"] = place.pop(key)
+            case 2:
+                place[key] = [place[key], place[key]]
+            case 3:
+                place[key] = values[random.integers(len(values))]
+    return dict(copy)
+
+
+def test_no_mutated_configuration_gives_a_traceback(models: Path) -> None:
+    random = np.random.default_rng(0)
+    names = {path.name: str(path) for path in models.iterdir()}
+    whole = yaml.safe_load(dedent(LEARNED)) | {
+        "gate_mode": "random",
+        "experts_per_token": 2,
+        "architecture": "mixtral",
+        "dtype": "bfloat16",
+        "shared_experts": [],
+        "tokenizer_source": "base",
+    }
+    outcomes = {"built": 0, "refused": 0}
+    for _ in range(500):
+        try:
+            config = parse_moe_config(yaml.safe_dump(mutated(whole, random)), "moe.yaml")
+            config = config.with_models(names)
+            opened = {name: Checkpoint.open(Path(name)) for name in config.model_names()}
+            gates = torch.ones(2, 2, 128) if config.has_learned_gates else None
+            plan_moe(config, opened, gates=gates)
+            outcomes["built"] += 1
+        except ConfigError:
+            outcomes["refused"] += 1
+    assert outcomes["built"] > 20
+    assert outcomes["refused"] > 200
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "model_type", "dtype", "vocab_size"])
+@pytest.mark.parametrize("value", [None, "x", -1, [1]])
+def test_a_config_of_a_model_that_is_spoiled_gives_no_traceback(
+    key: str, value: object, models: Path, tmp_path: Path
+) -> None:
+    tiny.edit_config(tiny.variant(models / "llama", tmp_path / "spoiled", seed=0), **{key: value})
+    names = {"spoiled": str(tmp_path / "spoiled")}
+    config = parse_moe_config(two("spoiled", "spoiled"), "moe.yaml").with_models(names)
+    opened = {name: Checkpoint.open(Path(name)) for name in config.model_names()}
+    if key in ("num_attention_heads", "model_type"):
+        with pytest.raises(ConfigError):
+            plan_moe(config, opened)
+    else:
+        made = plan_moe(config, opened).config
+        assert (made["dtype"], made["vocab_size"]) == ("float32", 261)
 
 
 def test_a_tensor_without_a_place_in_the_mixture_is_named(models: Path, tmp_path: Path) -> None:
