@@ -248,10 +248,11 @@ def merge(
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
     from evomerge.report.export import merge_recipe
+    from evomerge.report.merge_display import MergeDisplay
 
     refuse_existing(out.absolute(), overwrite=overwrite)
     inputs = InputModels(storage_directory(storage), say=_say)
-    with _mistakes_of(recipe):
+    with _mistakes_of(recipe), MergeDisplay(sys.stderr) as display:
         merge_recipe(
             wanted,
             out,
@@ -260,6 +261,7 @@ def merge(
             max_shard_size=shard_bytes,
             overwrite=overwrite,
             seed=seed,
+            progress=display,
         )
     print(out)
 

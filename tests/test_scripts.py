@@ -1,4 +1,4 @@
-"""The launchers: that they parse, and that a job near its time limit goes back into the queue."""
+"""The scripts: that they run, and that a job near its time limit goes back into the queue."""
 
 from __future__ import annotations
 
@@ -119,3 +119,22 @@ def test_a_job_whose_search_ends_at_the_signal_is_requeued(tmp_path: Path) -> No
 def test_shell_scripts_parse_and_can_be_run(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_merges_reports_every_bar(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "bench_merge.py"
+    command = [sys.executable, str(script), "--shape", "tiny", "--repeats", "1"]
+    told = subprocess.run(
+        [*command, "--methods", "task_arithmetic", "slerp", "--directory", str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ).stdout
+    rows = {line.split("|")[1].strip(): line for line in told.splitlines() if line.startswith("|")}
+    assert {"floor", "task_arithmetic", "slerp", "evomerge process"} <= set(rows)
+    assert "5 files each" in told
+    assert told.count("≤ 1.5, aim 1.25") == 1
+    assert told.count("≤ 1 GB") == 1
+    assert not (tmp_path / "scratch").exists()

@@ -15,6 +15,7 @@ from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import (
     GENERATION_FILE,
     Checkpoint,
+    ShardedOutput,
     TensorSpec,
     disk_failure,
     published,
@@ -22,11 +23,11 @@ from evomerge.merge.checkpoint import (
     refuse_existing,
     require_tokenizer,
     total_bytes,
-    write_sharded,
 )
 from evomerge.merge.kernels import merge_entry
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
+from evomerge.merge.streaming import Progress, write_merged
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.recipe import Recipe
 
@@ -43,13 +44,15 @@ def materialize(
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes the model of `recipe` to `directory`, which appears only when it is whole.
 
-    `seed` is that of random methods. `extra_files` are texts by file name (README.md, …). The
-    weights stream: memory needed is a few tensors. Raises ConfigError before any work where recipe,
-    models, disk or directory do not allow it; CandidateError where an output number is NaN or
-    infinite.
+    `seed` is that of random methods. `extra_files` are texts by file name (README.md, …). `workers`
+    and `progress` are those of `write_merged`, which tells of memory. Raises ConfigError before any
+    work where recipe, models, disk or directory do not allow it; CandidateError where an output
+    number is NaN or infinite; RunError where the disk fails or is full.
     """
     directory = directory.absolute()
     refuse_existing(directory, overwrite=overwrite)
@@ -64,9 +67,8 @@ def materialize(
     require_tokenizer(tokenizer)
     require_space(directory, plan.entries)
     with published(directory, overwrite=overwrite) as partial:
-        write_sharded(
-            partial, plan.entries, merged_tensors(plan, checkpoints), max_shard_size=max_shard_size
-        )
+        with ShardedOutput(partial, plan.entries, max_shard_size) as output:
+            write_merged(plan, checkpoints, output, workers=workers, progress=progress)
         try:
             _write_tokenizer_and_code(partial, donor, plan)
             _write_texts(partial, donor, plan, recipe, extra_files or {})
@@ -92,14 +94,22 @@ def merged_tensors(
 
 
 def refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
-    """Raises ConfigError where `directory` is, or holds, one of the folders that go in."""
+    """Raises ConfigError where `directory` is, holds or lies in one of the folders that go in.
+
+    Links are followed, those to an input's files too.
+    """
     output = directory.resolve()
     for folder in inputs:
-        source = folder.resolve()
-        if output == source or output in source.parents:
+        if folder.resolve() in output.parents:
             raise ConfigError(
-                f"{directory}: holds {folder}, which goes into the merge; choose another folder"
+                f"{directory}: lies in {folder}, which goes into the merge; choose another folder"
             )
+        for path in (folder, *folder.iterdir()):
+            source = path.resolve()
+            if output == source or output in source.parents:
+                raise ConfigError(
+                    f"{directory}: holds {path}, which goes into the merge; choose another folder"
+                )
 
 
 def require_space(directory: Path, specs: Sequence[TensorSpec]) -> None:

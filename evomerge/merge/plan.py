@@ -90,10 +90,14 @@ class MergePlan:
         They are mapped from their files, but for those of models whose tokens are others: copies.
         """
         tensors = [checkpoints[source.model].read(source.name) for source in entry.inputs]
-        if self.vocabulary is None or not entry.by_token:
+        if self.vocabulary is None or not self.makes_inputs(entry):
             return tensors
         models = [source.model for source in entry.inputs]
         return self.vocabulary.align(models, tensors, entry.dtype)
+
+    def makes_inputs(self, entry: PlanEntry) -> bool:
+        """Whether `entry` is made of other tensors than those in the files."""
+        return self.vocabulary is not None and entry.by_token
 
 
 def open_checkpoints(recipe: Recipe) -> dict[str, Checkpoint]:

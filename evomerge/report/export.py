@@ -7,6 +7,7 @@ from pathlib import Path
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize
 from evomerge.merge.plan import open_checkpoints
+from evomerge.merge.streaming import Progress
 from evomerge.merge.vocabulary import tokenizer_notes
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
@@ -21,6 +22,7 @@ def merge_recipe(
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes the model of a recipe whose models are references of any kind; `verbatim` is its file.
 
@@ -41,4 +43,5 @@ def merge_recipe(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         seed=seed,
+        progress=progress,
     )

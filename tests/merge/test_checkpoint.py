@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from evomerge.merge import checkpoint as checkpoint_module
 from evomerge.merge.checkpoint import (
     MARKER_FILE,
     Checkpoint,
+    InputFiles,
+    ShardedOutput,
     disk_failure,
     published,
     read_tensor_file,
@@ -292,6 +295,62 @@ def test_shards_keep_their_size_and_the_index_finds_every_tensor(tmp_path: Path)
         ["t6", "t7"],
         ["t8", "t9"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "held"), [(1200, [3]), (1199, [2, 1]), (800, [2, 1]), (799, [1, 1, 1])]
+)
+def test_the_largest_shard_has_exactly_the_bytes_that_were_allowed(
+    tmp_path: Path, limit: int, held: list[int]
+) -> None:
+    tensors = numbers({f"t{index}": (torch.float32, (100,)) for index in range(3)})
+    files = sorted(write(tmp_path / "out", tensors, limit).glob("*.safetensors"))
+    assert [len(read_tensor_file(file)) for file in files] == held
+
+
+def test_more_shards_than_files_that_may_be_open_are_written(tmp_path: Path) -> None:
+    tensors = numbers({f"t{index}": (torch.float32, (2,)) for index in range(60)})
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limit[1]))
+    try:
+        directory = write(tmp_path / "out", tensors, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert all(torch.equal(tiny.read_tensors(directory)[name], tensors[name]) for name in tensors)
+
+
+def test_places_are_filled_in_any_order_and_a_missing_one_is_noticed(tmp_path: Path) -> None:
+    tensors = numbers({"a": (torch.float32, (10,)), "b": (torch.bfloat16, (3, 4))})
+    with ShardedOutput(tmp_path, specs_of(tensors), 10**9) as output:
+        output.write("b", 5, tensors["b"].view(-1)[5:])
+        output.write("a", 0, tensors["a"])
+        output.write("b", 0, tensors["b"].view(-1)[:5])
+    read = read_tensor_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    (tmp_path / "model.safetensors").unlink()
+    with (
+        pytest.raises(AssertionError, match="lacks 24 bytes"),
+        ShardedOutput(tmp_path, specs_of(tensors), 10**9) as output,
+    ):
+        output.write("a", 0, tensors["a"])
+
+
+def test_pieces_are_read_as_they_lie_in_the_file(llama: Path) -> None:
+    checkpoint = Checkpoint.open(llama)
+    with InputFiles() as files:
+        for name, header in checkpoint.tensors.items():
+            piece = torch.empty(7, dtype=header.dtype)
+            files.read(header, 5, piece)
+            assert torch.equal(piece, checkpoint.read(name).view(-1)[5:12]), name
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    header = list(Checkpoint.open(tmp_path / "model").tensors.values())[-1]
+    os.truncate(file, header.begin + 10)
+    with InputFiles() as files, pytest.raises(ConfigError, match=f"^{file}: ends within"):
+        files.read(header, 0, torch.empty(header.shape, dtype=header.dtype))
 
 
 def test_every_tensor_of_a_file_is_aligned_to_its_numbers(tmp_path: Path) -> None:
