@@ -80,6 +80,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
             dtype=config.engine.dtype,
         ),
     )
+    _in_file(config, lambda: _check_scaled(config, checkpoints[str(base)]))
     _check_layer_counts(config, [checkpoints[str(folder)] for folder in (base, *models)])
     # Plans the merge once: models that do not fit together are found before an engine starts.
     _in_file(config, lambda: make_plan(space.uniform_recipe(), checkpoints))
@@ -154,6 +155,19 @@ def _check_layer_counts(config: StudyConfig, checkpoints: Sequence[Checkpoint]) 
     ]
     if mistakes:
         raise ConfigError("\n".join(mistakes) + "\nall models of a search need as many as the base")
+
+
+def _check_scaled(config: StudyConfig, base: Checkpoint) -> None:
+    """Raises ConfigError where the scales of a stack would scale nothing."""
+    stack = config.search_space.stack
+    if stack is None or stack.scale is None:
+        return
+    idle = [one for one in stack.scale_filters if not any(one in name for name in base.tensors)]
+    if idle:
+        raise ConfigError(
+            f"search_space.stack.scale_filters: no tensor of {config.base_model} has {idle[0]!r} "
+            "in its name; name what layers add to the hidden states with, as [o_proj, down_proj]"
+        )
 
 
 def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:

@@ -19,11 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.errors import nearest
+from evomerge.errors import nearest, shown
 from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules, Parameter
 
 Per: TypeAlias = Literal["slice", "model", "global"]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
+# No number of a merge is larger, and none that is searched in its logarithm smaller.
+_LARGEST, _SMALLEST = 1e6, 1e-30
+_Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
 
 
 class Bounds(BaseModel):
@@ -68,21 +70,22 @@ def _choice(raw: object) -> Bounds | Fixed:
         return Bounds.model_validate(raw)
     if isinstance(raw, list | tuple):
         if len(raw) != 2:
-            raise ValueError(f"{list(raw)} should be [low, high]")
+            raise ValueError(f"{shown(list(raw))} should be [low, high]")
         return Bounds.model_validate({"low": raw[0], "high": raw[1]})
     return _fixed(raw)
 
 
 def _fixed(raw: object) -> Fixed:
-    if isinstance(raw, bool | int):
+    if isinstance(raw, bool) or (isinstance(raw, int) and abs(raw) <= _LARGEST):
         return raw
     try:
         value = float(raw)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= _LARGEST:
         raise ValueError(
-            f"{raw!r} is neither [low, high], a mapping with low and high, nor a number or flag"
+            f"{shown(raw)} is neither [low, high], a mapping with low and high, nor a flag or a "
+            f"number within ±{_LARGEST:g}"
         )
     return value
 
@@ -339,8 +342,8 @@ def _check_searched(searched: Searched) -> None:
     if low < parameter.low or high > parameter.high:
         allowed = f"[{parameter.low}, {parameter.high}]"
         raise ValueError(f"{name}: [{low}, {high}] is not within {allowed}, its range")
-    if searched.log and low <= 0:
-        raise ValueError(f"{name}: log needs bounds above 0, not [{low}, {high}]")
+    if searched.log and low < _SMALLEST:
+        raise ValueError(f"{name}: log needs bounds of at least {_SMALLEST}, not [{low}, {high}]")
     start = searched.asked_start
     if start is not None and not low <= start <= high:
         raise ValueError(f"{name}: start: {start} is not within [{low}, {high}]")

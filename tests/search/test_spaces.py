@@ -303,6 +303,13 @@ def test_what_is_searched_decides_the_study(
         ({"merge_method": "tise"}, "search_space.merge_method: unknown merge method 'tise'; did"),
         ({"density": {"lwo": 1}}, "search_space.density.lwo: unknown key; did you mean 'low'"),
         ({"merge_method": "passthrough", "stack": {"repeat": 2}}, "stack.repeat: unknown key; did"),
+        (
+            {
+                "merge_method": "passthrough",
+                "stack": {"scale": [0.5, 1.5], "scale_filters": ["o_proj", "fc2"]},
+            },
+            "study.yaml: search_space.stack.scale_filters: no tensor of .*base has 'fc2' in",
+        ),
         ({"merge_method": "karcher"}, "search_space: karcher has nothing to search here"),
     ],
 )

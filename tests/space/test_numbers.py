@@ -254,7 +254,7 @@ def test_della_with_a_fixed_epsilon_keeps_densities_away_from_the_ends() -> None
         ({"merge_method": "karcher", "max_iter": [1, 5]}, "max_iter: is a count"),
         ({"merge_method": "karcher", "max_iter": 1.5}, "1.5 is no whole number"),
         ({"lambda": {"log": True}}, "lambda: has no usual bounds"),
-        ({"weight": {"low": -1, "high": 1, "log": True}}, "log needs bounds above 0"),
+        ({"weight": {"low": -1, "high": 1, "log": True}}, "log needs bounds of at least 1e-30"),
         ({"weight": {"low": -1}}, "low and high belong together"),
         ({"weight": {"start": 7}}, r"start: 7\.0 is not within \[-0\.5, 2\.0\]"),
         ({"weight": {"lwo": 1}}, "lwo"),
