@@ -451,10 +451,10 @@ def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
     if not others:  # nothing to compare the base with
         return entry(method="passthrough", weights=())
     numbers = _numbers(group, rules, others)
+    for name, value in numbers.items():
+        for number in value if isinstance(value, tuple) else [value]:
+            _require_float32(group, name.removesuffix("_"), number or 0.0)
     if rules.whole:
-        for name, value in numbers.items():
-            for number in value if isinstance(value, tuple) else [value]:
-                _require_float32(group, name, number or 0.0)
         if rules.random:
             numbers["seed"] = _tensor_seed(seed, group.name)
         return entry(method=recipe.merge_method, weights=(), has_base=bool(base), numbers=numbers)

@@ -336,12 +336,15 @@ def test_what_does_not_fit_together_is_refused(
 def test_weights_that_are_no_float32_numbers_fail_the_candidate(
     checkpoints: dict[str, Checkpoint], weight: float
 ) -> None:
-    recipe = task_arithmetic(weighted(("first", weight), ("base", None)))
-    with pytest.raises(CandidateError, match=r"weight .* is not a finite float32 number"):
-        make_plan(recipe, checkpoints)
+    for recipe in (
+        task_arithmetic(weighted(("first", weight), ("base", None))),
+        linear(slices=[weighted(("first", weight), ("second", weight))]),
+    ):
+        with pytest.raises(CandidateError, match=r"weight .* is not a finite float32 number"):
+            make_plan(recipe, checkpoints)
 
 
-@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.5, -0.5), (1e-9, 0.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.5, -0.5), (1e-9, 0.0)])
 def test_linear_weights_that_sum_to_nothing_fail_the_candidate(
     checkpoints: dict[str, Checkpoint], weights: tuple[float, float]
 ) -> None:
