@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError, nearest
-from evomerge.merge.checkpoint import Checkpoint, disk_failure
+from evomerge.merge.checkpoint import CONFIG_FILE, Checkpoint, disk_failure
 from evomerge.merge.gguf_vocabulary import Vocabulary, read_vocabulary
 
 SUFFIX = ".gguf"
@@ -36,6 +36,8 @@ _PIECE = 1 << 22  # numbers that are converted at a time
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<matrix>\w+)\.weight")
 _FUSED_EXPERTS = re.compile(r"(?P<stack>.+\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
+_SHARED_GATE = ".shared_expert_gate.weight"
+_SHARED_DOWN = ".shared_expert.down_proj.weight"
 _ROTARY = re.compile(r".*\.self_attn\.(?P<which>[qk])_proj\.(weight|bias)")
 
 
@@ -47,7 +49,9 @@ class _Family:
     `norm_shift` is added to the weights of norms; `tied`: it always ties the embeddings; `sliding`:
     every so-manieth layer has full attention, the others a window; `scale_layers`: for this number
     of layers the attention's scale is that of hidden size / heads instead of the head's own;
-    `normalised_experts`: whether the weights of the experts of a token sum to 1, None for no MoE.
+    `norm_topk`: what it can compute of `norm_topk_prob`, whether the weights of a token's experts
+    are scaled to sum to 1; empty where it has no experts. `needs_head`: it knows no tied
+    embeddings; `ungated`: its shared experts have no gate.
     """
 
     arch: str
@@ -56,21 +60,28 @@ class _Family:
     tied: bool = False
     sliding: int = 0
     scale_layers: int = 0
-    normalised_experts: bool | None = None
+    norm_topk: tuple[bool, ...] = ()
+    needs_head: bool = False
+    ungated: bool = False
 
 
 FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family("llama", rotary_pairs=True),
     "MistralForCausalLM": _Family("llama", rotary_pairs=True),
-    "MixtralForCausalLM": _Family("llama", rotary_pairs=True, normalised_experts=True),
+    "MixtralForCausalLM": _Family("llama", rotary_pairs=True, norm_topk=(True,)),
     "Qwen2ForCausalLM": _Family("qwen2"),
-    "Qwen2MoeForCausalLM": _Family("qwen2moe", normalised_experts=False),
+    "Qwen2MoeForCausalLM": _Family("qwen2moe", norm_topk=(False,), needs_head=True),
     "Qwen3ForCausalLM": _Family("qwen3"),
-    "Qwen3MoeForCausalLM": _Family("qwen3moe", normalised_experts=True),
+    "Qwen3MoeForCausalLM": _Family("qwen3moe", norm_topk=(True,)),
     "GemmaForCausalLM": _Family("gemma", norm_shift=1.0, tied=True),
     "Gemma2ForCausalLM": _Family("gemma2", norm_shift=1.0, tied=True, sliding=2, scale_layers=46),
     "Gemma3ForCausalLM": _Family("gemma3", norm_shift=1.0, sliding=6, scale_layers=62),
 }
+# Qwen2-MoE whose shared experts have gates of 0, which add half of their answers: what is left of
+# the gate is a factor of 1/2 on the way down. (llama.cpp's qwen2moe makes 0/0 of such a gate.)
+_UNGATED = _Family(
+    "bailingmoe", rotary_pairs=True, norm_topk=(False, True), needs_head=True, ungated=True
+)
 
 
 @dataclass(frozen=True)
@@ -140,10 +151,17 @@ def _family(checkpoint: Checkpoint) -> _Family:
     named = checkpoint.config.get("architectures") or ["none"]
     if named[0] not in FAMILIES:
         raise ConfigError(
-            f"{checkpoint.directory / 'config.json'}: architectures: {named[0]} cannot be exported "
+            f"{checkpoint.directory / CONFIG_FILE}: architectures: {named[0]} cannot be exported "
             f"to GGUF; {', '.join(FAMILIES)} can"
         )
-    return FAMILIES[named[0]]
+    gates = [name for name in checkpoint.tensors if name.endswith(_SHARED_GATE)]
+    zero = [name for name in gates if not torch.count_nonzero(checkpoint.read(name))]
+    if zero and zero != gates:
+        raise ConfigError(
+            f"{checkpoint.directory}: {zero[0]} is 0 and {(set(gates) - set(zero)).pop()} is not; "
+            "llama.cpp has no model of both"
+        )
+    return _UNGATED if zero else FAMILIES[named[0]]
 
 
 def _config(checkpoint: Checkpoint) -> Any:
@@ -154,7 +172,7 @@ def _config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     except Exception as error:  # whatever its many classes raise on a config that is not theirs
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise ConfigError(f"{checkpoint.directory / 'config.json'}: {reason}") from error
+        raise ConfigError(f"{checkpoint.directory / CONFIG_FILE}: {reason}") from error
 
 
 def _check_family(checkpoint: Checkpoint, family: _Family, config: Any) -> None:
@@ -164,7 +182,7 @@ def _check_family(checkpoint: Checkpoint, family: _Family, config: Any) -> None:
         wrong.append("tie_word_embeddings: false: it always ties them")
     if wrong:
         raise ConfigError(
-            f"{checkpoint.directory / 'config.json'}: llama.cpp's {family.arch} cannot compute "
+            f"{checkpoint.directory / CONFIG_FILE}: llama.cpp's {family.arch} cannot compute "
             f"this model: {'; '.join(wrong)}"
         )
 
@@ -181,21 +199,30 @@ def _wrong_attention(family: _Family, config: Any) -> Iterator[str]:
         yield f"layer_types: it has full attention in every {family.sliding}th layer, no others"
     if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
         yield f"partial_rotary_factor: {config.partial_rotary_factor}: it has 1"
-    for kind in sorted(_rope_types(config) - {"default", "linear", "llama3", "yarn", "dynamic"}):
-        yield f"rope_type: {kind}: not exported; default, linear, llama3 and yarn are"
+    ropes = {"default", "linear", "yarn", "dynamic"}
+    if family.arch == "llama":
+        ropes.add("llama3")
+    for kind in sorted(_rope_types(config) - ropes):
+        yield f"rope_type: {kind}: it has {', '.join(sorted(ropes - {'dynamic'}))}"
     if family.arch == "llama" and config.hidden_act not in ("silu", "swish"):
         yield f"hidden_act: {config.hidden_act}: it has silu"
 
 
 def _wrong_experts(family: _Family, config: Any) -> Iterator[str]:
-    normalised = getattr(config, "norm_topk_prob", None)
-    if family.normalised_experts is not None and normalised not in (
-        None,
-        family.normalised_experts,
-    ):
-        yield f"norm_topk_prob: {normalised}: it has {family.normalised_experts}"
+    if not family.norm_topk:
+        return
+    normalised = getattr(config, "norm_topk_prob", family.norm_topk[0])
+    # The weights of all experts sum to 1 as they are.
+    takes_all = config.num_experts_per_tok == _expert_count(config)
+    if normalised not in family.norm_topk and not takes_all:
+        yield f"norm_topk_prob: {normalised}: it has {family.norm_topk[0]}"
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         yield "mlp_only_layers, decoder_sparse_step: it has experts in every layer"
+    if family.ungated and config.shared_expert_intermediate_size % config.moe_intermediate_size:
+        yield (
+            f"shared_expert_intermediate_size: {config.shared_expert_intermediate_size}: without "
+            "gates it has multiples of moe_intermediate_size"
+        )
 
 
 def _layer_types(family: _Family, config: Any) -> list[str]:
@@ -248,11 +275,15 @@ def _outputs(
         *architecture.after,
         *(header.name for layer in architecture.layers for header in layer.values()),
     }
-    output_matrix = rename(architecture.embedding if architecture.tied else architecture.head)
+    has_head = family.needs_head or not architecture.tied
+    output_matrix = rename(architecture.head if has_head else architecture.embedding)
     for name in checkpoint.tensors:
         if name not in wanted:
             continue
-        for stem, shape, pieces in _laid_out(checkpoint, name, family, config):
+        layouts = _laid_out(checkpoint, name, family, config)
+        if name == architecture.embedding and architecture.tied and has_head:
+            layouts += [(architecture.head, *layout[1:]) for layout in layouts]
+        for stem, shape, pieces in layouts:
             renamed = rename(stem)
             if renamed not in outputs:
                 chosen = _tensor_type(renamed, shape, kind, is_output=renamed == output_matrix)
@@ -298,17 +329,27 @@ def _laid_out(checkpoint: Checkpoint, name: str, family: _Family, config: Any) -
         return [_stacked(checkpoint, match, config)]
     if match := _FUSED_EXPERTS.fullmatch(name):
         return _split(checkpoint, match, shape)
-    if match := _ROTARY.fullmatch(name):
-        if family.rotary_pairs:
-            heads = config.num_attention_heads
-            if match["which"] == "k":
-                heads = getattr(config, "num_key_value_heads", None) or heads
-            return [(name, shape, partial(_paired, checkpoint, name, heads))]
-    elif name.endswith("norm.weight") and family.norm_shift:
-        return [(name, shape, partial(_shifted, checkpoint, name, family.norm_shift))]
-    elif name.endswith(".shared_expert_gate.weight"):
-        shape = (shape[-1],)
-    return [(name, shape, partial(_plain, checkpoint, name, shape))]
+    if name.endswith(_SHARED_GATE):
+        shape = shape[-1:]
+        if family.ungated:
+            return []
+    return [(name, shape, partial(_pieces, checkpoint, name, family, config))]
+
+
+def _pieces(checkpoint: Checkpoint, name: str, family: _Family, config: Any) -> Iterator[Tensor]:
+    """The numbers of a tensor that stays one tensor."""
+    tensor = checkpoint.read(name)
+    match = _ROTARY.fullmatch(name)
+    if match and family.rotary_pairs:
+        heads = config.num_attention_heads
+        if match["which"] == "k":
+            heads = getattr(config, "num_key_value_heads", None) or heads
+        return _paired(tensor, heads)
+    if name.endswith("norm.weight") and family.norm_shift:
+        return _in_pieces(tensor.float() + family.norm_shift)
+    if name.endswith(_SHARED_DOWN) and family.ungated:
+        return (piece.float() / 2 for piece in _in_pieces(tensor))
+    return _in_pieces(tensor)
 
 
 def _stacked(checkpoint: Checkpoint, match: re.Match[str], config: Any) -> _Layout:
@@ -334,32 +375,24 @@ def _stacked(checkpoint: Checkpoint, match: re.Match[str], config: Any) -> _Layo
 def _split(checkpoint: Checkpoint, match: re.Match[str], shape: tuple[int, ...]) -> list[_Layout]:
     """Fused experts [experts, rows, columns]; those of gate and up have gate's rows first."""
     name, stack = match.string, match["stack"]
-    if match["matrix"] == "down_proj":
-        return [(f"{stack}.down_proj.weight", shape, partial(_plain, checkpoint, name, shape))]
     experts, rows, columns = shape
-    half = rows // 2
 
-    def pieces(start: int) -> Iterator[Tensor]:
+    def pieces(start: int, stop: int) -> Iterator[Tensor]:
         for expert in checkpoint.read(name):
-            yield from _in_pieces(expert[start : start + half])
+            yield from _in_pieces(expert[start:stop])
 
+    half = rows // 2
+    cuts = [("gate_proj", 0, half), ("up_proj", half, rows)]
+    if match["matrix"] == "down_proj":
+        cuts = [("down_proj", 0, rows)]
     return [
-        (f"{stack}.{matrix}.weight", (experts, half, columns), partial(pieces, start))
-        for matrix, start in (("gate_proj", 0), ("up_proj", half))
+        (f"{stack}.{matrix}.weight", (experts, stop - start, columns), partial(pieces, start, stop))
+        for matrix, start, stop in cuts
     ]
 
 
-def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    return _in_pieces(checkpoint.read(name).reshape(shape))
-
-
-def _shifted(checkpoint: Checkpoint, name: str, shift: float) -> Iterator[Tensor]:
-    return _in_pieces(checkpoint.read(name).float() + shift)
-
-
-def _paired(checkpoint: Checkpoint, name: str, heads: int) -> Iterator[Tensor]:
+def _paired(weight: Tensor, heads: int) -> Iterator[Tensor]:
     """The rows of each head reordered, 0, n/2, 1, n/2 + 1, …: what are halves become neighbours."""
-    weight = checkpoint.read(name)
     size = weight.shape[0] // heads
     for start in range(0, weight.shape[0], size):
         head = weight[start : start + size]
@@ -422,8 +455,8 @@ def _add_hyperparameters(writer: Any, family: _Family, config: Any, rows: int) -
     writer.add_vocab_size(rows)
     writer.add_rope_dimension_count(head)
     _add_rope(writer, config)
-    if family.normalised_experts is not None:
-        _add_experts(writer, config)
+    if family.norm_topk:
+        _add_experts(writer, family, config)
     if family.sliding:
         writer.add_sliding_window(config.sliding_window)
         for setting in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -457,13 +490,19 @@ def _expert_count(config: Any) -> int:
     return int(count or 0)
 
 
-def _add_experts(writer: Any, config: Any) -> None:
+def _add_experts(writer: Any, family: _Family, config: Any) -> None:
     writer.add_expert_count(_expert_count(config))
     writer.add_expert_used_count(config.num_experts_per_tok)
     if size := getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(size)
-    if size := getattr(config, "shared_expert_intermediate_size", None):
-        writer.add_expert_shared_feed_forward_length(size)
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    if family.ungated:
+        writer.add_expert_shared_count(shared // config.moe_intermediate_size)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_weights_scale(1.0)
+        writer.add_leading_dense_block_count(0)
+    elif shared:
+        writer.add_expert_shared_feed_forward_length(shared)
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
