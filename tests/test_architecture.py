@@ -51,7 +51,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
         *("merge/materialize.py", "merge/methods.py", "merge/moe.py", "merge/plan.py"),
         *("merge/statistics.py", "merge/streaming.py", "merge/vocabulary.py", "engine/gates.py"),
-        *("merge/extract.py", "merge/gguf.py"),
+        *("merge/extract.py", "merge/gguf.py", "merge/recall.py"),
         *("engine/planning.py", "engine/residency.py", "engine/transformers_engine.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },

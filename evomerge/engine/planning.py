@@ -15,6 +15,7 @@ from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan, make_plan
+from evomerge.merge.recall import Statistics
 from evomerge.recipe import Recipe, recipe_from_mapping
 
 _CANDIDATE = "candidate"
@@ -31,6 +32,7 @@ class PlanningEngine(Engine):
         }
         self._served_tokenizer = Tokenizer(config.model, trust_remote_code=self.trusts_remote_code)
         self.tokenizer = self._served_tokenizer
+        self.statistics = Statistics()
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._served = _shapes(self.plan(self._plain_recipe()))
 
@@ -99,11 +101,11 @@ def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:
     return {entry.name: tuple(entry.shape) for entry in plan.entries}
 
 
-def write_candidate(recipe: Recipe, scratch: str | None) -> Path:
+def write_candidate(recipe: Recipe, scratch: str | None, statistics: Statistics) -> Path:
     """The model of `recipe` in a folder under `scratch`, in place of the previous one there."""
     if scratch is None:
         raise ConfigError("engine: load: disk needs a directory for its models (scratch)")
-    return materialize(recipe, Path(scratch) / _CANDIDATE, overwrite=True)
+    return materialize(recipe, Path(scratch) / _CANDIDATE, overwrite=True, statistics=statistics)
 
 
 def remove_candidate(scratch: str | None) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.methods import Recall
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -108,48 +103,6 @@ class Residency:
             self.pinned_bytes -= size
             return mapped.contiguous().pin_memory()
         return mapped
-
-
-@dataclass
-class Statistics:
-    """What merge methods computed of source tensors and may ask for again, candidate by candidate.
-
-    Kept by the tensors and the method's own key, the oldest given up beyond `limit` bytes.
-    """
-
-    limit: int = 1 << 30
-    _kept: OrderedDict[Hashable, tuple[Any, int]] = field(default_factory=OrderedDict)
-    _bytes: int = 0
-
-    def of(self, inputs: Hashable) -> Recall:
-        """The memory of a method that computes with `inputs` (`merge.methods.Recall`)."""
-
-        def recall(key: Hashable, compute: Callable[[], _Result]) -> _Result:
-            place = (inputs, key)
-            if place not in self._kept:
-                self._keep(place, compute())
-            self._kept.move_to_end(place)
-            result: _Result = self._kept[place][0]
-            return result
-
-        return recall
-
-    def _keep(self, place: Hashable, result: Any) -> None:
-        size = _bytes_of(result)
-        self._kept[place] = result, size
-        self._bytes += size
-        while self._bytes > self.limit and len(self._kept) > 1:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self._bytes -= freed
-
-
-def _bytes_of(result: Any) -> int:
-    """About how much memory a statistic takes: a tensor, numbers, or a collection of them."""
-    if isinstance(result, Tensor):
-        return result.numel() * result.element_size()
-    if isinstance(result, list | tuple):
-        return 64 + sum(map(_bytes_of, result))
-    return int(getattr(result, "nbytes", 64))
 
 
 def memory_budget(device: torch.device, workers: int = 1) -> tuple[int, int]:

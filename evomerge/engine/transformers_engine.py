@@ -12,7 +12,6 @@ from torch import Tensor
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import PlanningEngine, remove_candidate, write_candidate
-from evomerge.engine.residency import Statistics
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.kernels import compile_pays, merge_entry
 from evomerge.merge.methods import has_overflow
@@ -40,7 +39,6 @@ class TransformersEngine(PlanningEngine):
         self.model = self._open(config.model)
         elements = sum(parameter.numel() for parameter in self.model.parameters())
         self._compiled = compile_pays(elements, self.device)
-        self._statistics = Statistics()
         self._version = "default"
         self._is_from_disk = False
 
@@ -93,13 +91,13 @@ class TransformersEngine(PlanningEngine):
                 for source in entry.inputs
             ]
             out = parameters[entry.name].data
-            recall = self._statistics.of(entry.inputs)
+            recall = self.statistics.of(entry.inputs)
             merge_entry(out, entry, inputs, recall=recall, compiled=self._compiled)
             if has_overflow(out):
                 raise CandidateError(f"{entry.name} has NaN or infinite values")
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
-        directory = write_candidate(recipe, self.config.scratch)
+        directory = write_candidate(recipe, self.config.scratch, self.statistics)
         self.model, self._is_from_disk = self._open(str(directory)), True
         self.use_tokenizer_of(plan, directory)
 

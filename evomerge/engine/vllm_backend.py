@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from evomerge.engine.residency import Residency, Statistics, View, memory_budget
+from evomerge.engine.residency import Residency, View, memory_budget
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     clear_key_value_cache,
@@ -31,6 +31,7 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.kernels import compile_pays, fill_pieces, merge_into, prepare
 from evomerge.merge.methods import Blend, has_overflow
 from evomerge.merge.plan import MergePlan, PlanEntry, make_plan
+from evomerge.merge.recall import Statistics
 from evomerge.recipe import recipe_from_mapping
 
 MODELS_VARIABLE = "EVOMERGE_MODELS"

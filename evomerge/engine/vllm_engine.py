@@ -88,7 +88,7 @@ class VLLMEngine(PlanningEngine):
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         """Writes the model under `scratch` and starts an engine on it in place of this one."""
-        directory = write_candidate(recipe, self.config.scratch)
+        directory = write_candidate(recipe, self.config.scratch, self.statistics)
         self._stop()
         self._on_disk = True  # a live engine and one per model do not fit beside each other
         self._llm = self._start(str(directory), live=False)

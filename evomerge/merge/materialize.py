@@ -27,6 +27,7 @@ from evomerge.merge.checkpoint import (
 from evomerge.merge.kernels import merge_entry
 from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
+from evomerge.merge.recall import Statistics
 from evomerge.merge.streaming import Progress, write_merged
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.recipe import Recipe
@@ -46,13 +47,15 @@ def materialize(
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
+    statistics: Statistics | None = None,
 ) -> Path:
     """Writes the model of `recipe` to `directory`, which appears only when it is whole.
 
-    `seed` is that of random methods. `extra_files` are texts by file name (README.md, …). `workers`
-    and `progress` are those of `write_merged`, which tells of memory. Raises ConfigError before any
-    work where recipe, models, disk or directory do not allow it; CandidateError where an output
-    number is NaN or infinite; RunError where the disk fails or is full.
+    `seed` is that of random methods. `extra_files` are texts by file name (README.md, …).
+    `workers`, `progress` and `statistics` are those of `write_merged`, which tells of memory.
+    Raises ConfigError before any work where recipe, models, disk or directory do not allow it;
+    CandidateError where an output number is NaN or infinite; RunError where the disk fails or is
+    full.
     """
     directory = directory.absolute()
     refuse_existing(directory, overwrite=overwrite)
@@ -68,7 +71,14 @@ def materialize(
     require_space(directory, plan.entries)
     with published(directory, overwrite=overwrite) as partial:
         with ShardedOutput(partial, plan.entries, max_shard_size) as output:
-            write_merged(plan, checkpoints, output, workers=workers, progress=progress)
+            write_merged(
+                plan,
+                checkpoints,
+                output,
+                workers=workers,
+                progress=progress,
+                statistics=statistics,
+            )
         try:
             _write_tokenizer_and_code(partial, donor, plan)
             _write_texts(partial, donor, plan, recipe, extra_files or {})

@@ -32,12 +32,14 @@ from evomerge.merge.methods import (
     KERNELS,
     Kernel,
     Pieces,
+    Recall,
     has_overflow,
     recall_nothing,
     weight_words,
     working_dtype,
 )
 from evomerge.merge.plan import MergePlan, PlanEntry
+from evomerge.merge.recall import Statistics
 
 # Large enough that the calls of a piece are a tenth of its time, small enough that its temporaries
 # stay in the caches.
@@ -55,22 +57,24 @@ def write_merged(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    statistics: Statistics | None = None,
 ) -> None:
     """Computes every tensor of `plan` into `output`; the same bits for any number of `workers`.
 
     By default there is one for each core that this process may use. `progress` is told how many
-    bytes of how many are written, by one thread at a time. Memory needed: some megabytes for each
-    worker, and what a method needs for its statistics of a whole tensor. Raises CandidateError
-    where a number of the output is NaN or infinite, or where there is none; RunError where the disk
-    fails or is full; ConfigError where an input cannot be read.
+    bytes of how many are written, by one thread at a time. `statistics` remembers what methods
+    found out of whole tensors, for the next candidate of a search. Memory needed: some megabytes
+    for each worker, and what a method needs for its statistics of a whole tensor. Raises
+    CandidateError where a number of the output is NaN or infinite, or where there is none; RunError
+    where the disk fails or is full; ConfigError where an input cannot be read.
     """
     _keep_freed_memory()
-    count = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    count = workers or min(_cores(), MOST_WORKERS)
     with InputFiles() as files, _thread_count_kept(), ThreadPoolExecutor(count) as pool:
         work = _Work(plan.entries, progress)
         try:
             running = [
-                pool.submit(_Worker(plan, checkpoints, files, output).run, work)
+                pool.submit(_Worker(plan, checkpoints, files, output, statistics).run, work)
                 for _ in range(count)
             ]
             for ended in as_completed(running):
@@ -151,8 +155,10 @@ class _Worker:
         checkpoints: Mapping[str, Checkpoint],
         files: InputFiles,
         output: ShardedOutput,
+        statistics: Statistics | None,
     ) -> None:
         self._plan = plan
+        self._statistics = statistics
         self._checkpoints = checkpoints
         self._files = files
         self._output = output
@@ -174,7 +180,7 @@ class _Worker:
     def _prepared(self, entry: PlanEntry) -> list[_Piece]:
         """The pieces of an entry, once what it needs of whole tensors is known."""
         tensors = self._plan.read_inputs(entry, self._checkpoints)
-        ready = prepare(entry, tensors, recall_nothing)
+        ready = prepare(entry, tensors, self._recall(entry))
         if isinstance(ready, Pieces):
             return _cut(entry, ready, ready.step)
         dtype = working_dtype([torch.empty(0, dtype=entry.dtype), *tensors])
@@ -185,6 +191,12 @@ class _Worker:
             inputs = [tensor.reshape(-1) for tensor in tensors]
         words = weight_words(ready.weights, dtype)
         return _cut(entry, _Blended(KERNELS[ready.kernel], words, tuple(inputs)), 1)
+
+    def _recall(self, entry: PlanEntry) -> Recall:
+        # What is made of the files for this recipe alone bears no name of its own.
+        if self._statistics is None or self._plan.makes_inputs(entry):
+            return recall_nothing
+        return self._statistics.of(entry.inputs)
 
     def _write(self, piece: _Piece) -> int:
         """Computes and writes one piece; the number of its bytes."""
@@ -223,6 +235,13 @@ def _cut(entry: PlanEntry, ready: _Blended | Pieces, step: int) -> list[_Piece]:
     return [
         _Piece(entry, ready, start, min(start + size, total)) for start in range(0, total, size)
     ]
+
+
+def _cores() -> int:
+    """The cores that this process may use; where the system does not say, all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,83 @@
+"""What a search computes of its source tensors once, and not for every candidate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from evomerge.merge import statistics
+from evomerge.merge.materialize import materialize
+from evomerge.merge.recall import Statistics
+from evomerge.recipe import Recipe, recipe_from_mapping
+from tests import tiny
+
+
+def test_a_statistic_is_computed_once_for_the_same_tensors_and_key() -> None:
+    memory = Statistics()
+    calls: list[int] = []
+
+    def count() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert memory.of("a")("norm", count) == 1
+    assert memory.of("a")("norm", count) == 1
+    assert memory.of("b")("norm", count) == 2
+    assert memory.of("a")("gram", count) == 3
+    assert len(calls) == 3
+
+
+def test_the_oldest_statistics_are_given_up_beyond_the_limit() -> None:
+    memory = Statistics(limit=1000)
+    made: list[str] = []
+
+    def make(name: str) -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            made.append(name)
+            return torch.zeros(100)  # 400 bytes
+
+        return memory.of(name)("histogram", compute)
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        make(name)
+    # c drives out b, which was asked for longest ago.
+    assert made == ["a", "b", "c", "b"]
+
+
+def slerp(base: Path, tuned: Path, t: float) -> Recipe:
+    mapping = {
+        "merge_method": "slerp",
+        "base_model": str(base),
+        "models": [{"model": str(tuned)}],
+        "parameters": {"t": t},
+    }
+    return recipe_from_mapping(mapping, "test")
+
+
+def test_candidates_by_disk_share_their_statistics_and_are_the_same_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.llama(tmp_path / "base", layers=2, hidden=64)
+    tuned = tiny.variant(base, tmp_path / "tuned", seed=1)
+    calls = 0
+    gram = statistics.gram
+
+    def counted(*arguments: object, **keys: object) -> object:
+        nonlocal calls
+        calls += 1
+        return gram(*arguments, **keys)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(statistics, "gram", counted)
+    memory = Statistics()
+    for t in (0.2, 0.6, 0.9):
+        recipe = slerp(base, tuned, t)
+        shared = materialize(recipe, tmp_path / f"shared-{t}", statistics=memory)
+        calls_with_memory = calls
+        alone = materialize(recipe, tmp_path / f"alone-{t}")
+        assert calls == calls_with_memory + len(tiny.read_tensors(base))
+        calls = calls_with_memory
+        name = "model.safetensors"
+        assert (shared / name).read_bytes() == (alone / name).read_bytes()
+    assert calls == len(tiny.read_tensors(base))
