@@ -80,8 +80,8 @@ class Expert(_Strict):
 
     @property
     def makes(self) -> tuple[object, ...]:
-        """What decides the expert's weights; experts with noise differ in any case."""
-        return self.source_model, self.residual_scale, self.noise_scale or None
+        """What decides the expert's weights but for noise."""
+        return self.source_model, self.residual_scale
 
 
 class MoEConfig(_Strict):
@@ -114,8 +114,11 @@ class MoEConfig(_Strict):
 
     @property
     def tokenizer_model(self) -> str | None:
-        """The model whose tokenizer goes with the output; None for the base's."""
-        if self.tokenizer_source in (None, "base"):
+        """The model whose tokenizer goes with the output; None for the base's.
+
+        A union is the base's too: it must not have other tokens.
+        """
+        if self.tokenizer_source in (None, "base", "union"):
             return None
         assert self.tokenizer_source is not None
         return self.tokenizer_source.removeprefix(_MODEL_PREFIX)
@@ -156,7 +159,9 @@ class MoEConfig(_Strict):
                 "base_model": names.get(self.base_model, self.base_model),
                 "experts": renamed(self.experts),
                 "shared_experts": renamed(self.shared_experts),
-                "tokenizer_source": None if source is None else names.get(source, source),
+                "tokenizer_source": self.tokenizer_source
+                if source is None
+                else names.get(source, source),
             }
         )
 
@@ -191,36 +196,26 @@ def parse_moe_config(
         config = MoEConfig.model_validate(mapping)
     except ValidationError as error:
         raise ConfigError(_describe_mistakes(error, where)) from error
-    try:
-        _check_tokenizer_source(config)
-        _check_difference(config)
-    except ConfigError as error:
-        if not lenient or "tokenizer_source" in str(error):
-            raise ConfigError(f"{where}: {error}") from error
-        notes.append(str(error))
+    if (mistake := _lack_of_difference(config)) is not None:
+        if not lenient:
+            raise ConfigError(f"{where}: {mistake}, or say --lenient (to train it)")
+        notes.append(mistake)
     for note in notes:
         if say is not None:
             say(f"{where}: warning: {note}")
     return config
 
 
-def _check_tokenizer_source(config: MoEConfig) -> None:
-    if config.tokenizer_source == "union":
-        raise ConfigError(
-            "tokenizer_source: union: a mixture has the base model's embeddings, which know the "
-            "base's tokens only; write base, or a model with the same tokens"
-        )
-
-
-def _check_difference(config: MoEConfig) -> None:
-    """Raises ConfigError where learned gates would choose among equal experts."""
-    models = {expert.makes for expert in config.experts if not expert.noise_scale}
+def _lack_of_difference(config: MoEConfig) -> str | None:
+    """What is wrong where learned gates would choose among equal experts."""
+    makes = {expert.makes for expert in config.experts}
     noisy = any(expert.noise_scale for expert in config.experts)
-    if config.has_learned_gates and len(config.experts) > 1 and len(models) == 1 and not noisy:
-        raise ConfigError(
-            f"experts: all are {config.experts[0].source_model}: the mixture answers as that model "
-            "does, at a higher price; name different models, or say --lenient (to train it)"
-        )
+    if not config.has_learned_gates or len(config.experts) == 1 or len(makes) > 1 or noisy:
+        return None
+    return (
+        f"experts: all are {config.experts[0].source_model}: the mixture answers as that model "
+        "does, at a higher price; name different models"
+    )
 
 
 def _forgiven(mapping: Mapping[object, object], notes: list[str]) -> dict[object, object]:

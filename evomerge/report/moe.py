@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -49,6 +49,8 @@ def build_moe(
     resolved = config.with_models({**folders, **({source: str(tokenizer)} if source else {})})
     checkpoints = {folder: Checkpoint.open(Path(folder)) for folder in folders.values()}
     check_moe(resolved, checkpoints)
+    if resolved.tokenizer_source == "union":
+        _check_union([Path(folder) for folder in folders.values()])
     if tokenizer is not None:
         _check_tokenizer(tokenizer, checkpoints[resolved.base_model], say)
     gates = None
@@ -98,6 +100,19 @@ def _front_matter(models: Mapping[str, CardModel]) -> str:
     front: dict[str, object] = {"base_model": hub_ids} if hub_ids else {}
     front |= {"library_name": "transformers", "tags": ["mergekit", "moe", "merge", "evomerge"]}
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+
+
+def _check_union(folders: Sequence[Path]) -> None:
+    """Raises ConfigError where other models have tokens that the first one, the base, lacks."""
+    known = Tokenizer(str(folders[0])).inner.get_vocab()
+    for folder in folders[1:]:
+        new = sorted(Tokenizer(str(folder)).inner.get_vocab().keys() - known.keys())
+        if new:
+            count = "1 token" if len(new) == 1 else f"{len(new)} tokens"
+            raise ConfigError(
+                f"tokenizer_source: union: {folder} has {count}, such as {new[0]!r}, for which the "
+                "base model, whose embeddings a mixture has, has no embedding; write base"
+            )
 
 
 def _check_tokenizer(folder: Path, base: Checkpoint, say: Callable[[str], None]) -> None:

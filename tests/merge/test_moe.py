@@ -8,11 +8,9 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
@@ -518,7 +516,6 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["residual_scale"],
     ),
     "a dtype of no model": (LEARNED + "dtype: int8", ["dtype", "int8"]),
-    "a union of tokenizers": (LEARNED + "tokenizer_source: union", ["tokenizer_source: union"]),
     "no mapping": ("- a", ["base_model and experts"]),
     "no YAML": ("a: [", ["not valid YAML"]),
 }
@@ -569,6 +566,10 @@ MISFITS: dict[str, tuple[str, list[str]]] = {
         two("llama", "llama-b", "tokenizer_source: larger-tokenizer"),
         ["tokenizer_source", "262 tokens", "261"],
     ),
+    "a union with new tokens": (
+        two("llama", "llama-b", "tokenizer_source: union").replace("llama-b", "larger-tokenizer"),
+        ["tokenizer_source: union", "1 token", "'<new>'", "write base"],
+    ),
     "prompts that cancel each other": (
         LEARNED.replace("[sums]", "[sums], negative_prompts: [sums]") + "gate_mode: cheap_embed",
         ["expert 0", "cancel each other"],
@@ -592,56 +593,6 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(
         build(text, models, tmp_path / "out")
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("out*"))
-
-
-def mutated(config: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
-    """A copy of `config` with one to three of its parts removed, renamed, doubled or replaced."""
-    values = [None, [], {}, "", "x", -1, 0, 1.5, 10**9, float("nan"), True, ["x"], {"x": "y"}]
-    copy = json.loads(json.dumps(config))
-    for _ in range(random.integers(1, 4)):
-        experts = copy.get("experts")
-        below = experts if isinstance(experts, list) else []
-        places = [place for place in [copy, *below] if isinstance(place, dict) and place]
-        if not places:
-            break
-        place = places[random.integers(len(places))]
-        key = list(place)[random.integers(len(place))]
-        match random.integers(4):
-            case 0:
-                del place[key]
-            case 1:
-                place[key + "s"] = place.pop(key)
-            case 2:
-                place[key] = [place[key], place[key]]
-            case 3:
-                place[key] = values[random.integers(len(values))]
-    return dict(copy)
-
-
-def test_no_mutated_configuration_gives_a_traceback(models: Path) -> None:
-    random = np.random.default_rng(0)
-    names = {path.name: str(path) for path in models.iterdir()}
-    whole = yaml.safe_load(dedent(LEARNED)) | {
-        "gate_mode": "random",
-        "experts_per_token": 2,
-        "architecture": "mixtral",
-        "dtype": "bfloat16",
-        "shared_experts": [],
-        "tokenizer_source": "base",
-    }
-    outcomes = {"built": 0, "refused": 0}
-    for _ in range(500):
-        try:
-            config = parse_moe_config(yaml.safe_dump(mutated(whole, random)), "moe.yaml")
-            config = config.with_models(names)
-            opened = {name: Checkpoint.open(Path(name)) for name in config.model_names()}
-            gates = torch.ones(2, 2, 128) if config.has_learned_gates else None
-            plan_moe(config, opened, gates=gates)
-            outcomes["built"] += 1
-        except ConfigError:
-            outcomes["refused"] += 1
-    assert outcomes["built"] > 20
-    assert outcomes["refused"] > 200
 
 
 @pytest.mark.parametrize("key", ["num_attention_heads", "model_type", "dtype", "vocab_size"])
@@ -678,6 +629,11 @@ def test_an_output_that_is_taken_or_an_input_is_refused(models: Path, tmp_path: 
     with pytest.raises(ConfigError, match="goes into the merge"):
         build(two("llama", "llama-b"), models, models / "llama-b", overwrite=True)
     assert (tmp_path / "out" / "mine").read_text() == "keep me"
+
+
+def test_a_union_without_new_tokens_is_the_base_tokenizer(models: Path, tmp_path: Path) -> None:
+    out = build(two("llama", "llama-b", "tokenizer_source: union"), models, tmp_path / "out")
+    assert (out / "tokenizer.json").read_bytes() == (models / "llama/tokenizer.json").read_bytes()
 
 
 def test_lenient_warns_and_goes_on(models: Path, tmp_path: Path) -> None:
