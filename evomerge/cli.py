@@ -288,13 +288,14 @@ def moe(
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
     from evomerge.moe_config import read_moe_config
+    from evomerge.report.merge_display import MergeDisplay
     from evomerge.report.moe import build_moe
 
     file = locate(config, "mixtures")
     wanted = read_moe_config(file, lenient=lenient, say=_say)
     refuse_existing(out.absolute(), overwrite=overwrite)
     inputs = InputModels(storage_directory(storage), say=_say)
-    with _mistakes_of(file), _stdout_for_results():
+    with _mistakes_of(file), _stdout_for_results(), MergeDisplay(sys.stderr) as display:
         build_moe(
             wanted,
             out,
@@ -303,6 +304,7 @@ def moe(
             seed=seed,
             max_shard_size=shard_bytes,
             overwrite=overwrite,
+            progress=display,
             say=_say,
         )
     print(out)

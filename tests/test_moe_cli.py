@@ -98,5 +98,6 @@ def test_a_bare_name_is_a_preset_of_a_mixture_and_no_other(here: Path) -> None:
     (here / "elyza").mkdir()
     for name, model in (("13b-instruct", "base"), ("13b", "expert")):
         (here / "elyza" / f"ELYZA-japanese-Llama-2-{name}").symlink_to(here / model)
-    assert run("moe", PRESET, "out") == Ran(0, "out\n", "")
+    ran = run("moe", PRESET, "out")
+    assert (ran.status, ran.out) == (0, "out\n")
     assert tiny.read_tensors(here / "out")["lm_head.weight"].dtype == torch.bfloat16

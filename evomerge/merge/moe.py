@@ -12,7 +12,10 @@ of each kind have on the hub: transformers, vLLM and GGUF converters all read th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +30,13 @@ from evomerge.merge.checkpoint import (
     CONFIG_FILE,
     GENERATION_FILE,
     Checkpoint,
+    ShardedOutput,
     TensorHeader,
     disk_failure,
     published,
     refuse_existing,
     require_tokenizer,
-    write_sharded,
+    total_bytes,
 )
 from evomerge.merge.materialize import (
     as_json,
@@ -59,22 +63,36 @@ from evomerge.merge.moe_kinds import (
     model_type,
     with_defaults,
 )
+from evomerge.merge.streaming import Progress, cores, thread_count_kept
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.moe_config import Expert, MoEConfig
 
 MOE_CONFIG_FILE = "mergekit_moe_config.yml"
+# Elements that are computed at a time, and that noise is drawn for at a time.
+BLOCK = 1 << 17
 # Above it the gates of a layer are so alike that some expert is hardly ever chosen (mergekit's).
 LARGEST_CONDITION = 5.0
+
+Part = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class MoETensor:
-    """One tensor of the output, and what computes it when its turn to be written comes."""
+    """One tensor of the output; `part(start, stop)` computes its flat elements [start, stop).
+
+    `start` is a multiple of BLOCK, `stop` at most a BLOCK further; the part has any dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    part: Part
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """The whole tensor in parts, each with its first flat element's place."""
+        total = math.prod(self.shape)
+        for start in range(0, total, BLOCK):
+            yield start, self.part(start, min(start + BLOCK, total)).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -100,14 +118,16 @@ def materialize_moe(
     extra_files: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Writes the mixture of `config` to `directory`, which appears only when it is whole.
 
     `checkpoints` are its models by name; `gates` as for `plan_moe`; `tokenizer` is the folder of
-    another tokenizer than the base's. Memory needed is a few tensors. Raises ConfigError before any
-    work where configuration, models, disk or directory do not allow it; CandidateError where an
-    output number is NaN or infinite.
+    another tokenizer than the base's; `workers` and `progress` are those of `write_tensors`. Memory
+    needed is some megabytes. Raises ConfigError before any work where configuration, models, disk
+    or directory do not allow it; CandidateError where an output number is NaN or infinite.
     """
     directory = directory.absolute()
     refuse_existing(directory, overwrite=overwrite)
@@ -121,7 +141,8 @@ def materialize_moe(
     require_tokenizer(tokenizer)
     require_space(directory, plan.tensors)
     with published(directory, overwrite=overwrite) as partial:
-        write_sharded(partial, plan.tensors, moe_tensors(plan), max_shard_size=max_shard_size)
+        with ShardedOutput(partial, plan.tensors, max_shard_size) as output:
+            write_tensors(plan.tensors, output, workers=workers, progress=progress)
         try:
             write_tokenizer(partial, tokenizer, None, None)
             texts = {
@@ -136,16 +157,42 @@ def materialize_moe(
     return directory
 
 
-def moe_tensors(plan: MoEPlan) -> Iterator[tuple[str, Tensor]]:
-    """The plan's tensors on the CPU, one after another.
+def write_tensors(
+    tensors: Sequence[MoETensor],
+    output: ShardedOutput,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Computes every tensor into `output`, each by one of `workers` threads: by default all cores.
 
-    Raises CandidateError where a number is NaN or infinite.
+    `progress` is told how many bytes of how many are written. Raises CandidateError where a number
+    is NaN or infinite, RunError where the disk fails or is full.
     """
-    for tensor in plan.tensors:
-        out = tensor.make().to(tensor.dtype)
+    done, total = 0, total_bytes(tensors)
+    count = workers or cores()
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    with thread_count_kept(), pool:
+        running = [pool.submit(_write_tensor, tensor, output, stop) for tensor in tensors]
+        try:
+            for ended in as_completed(running):
+                done += ended.result()
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            stop.set()  # after an error, or Ctrl-C
+
+
+def _write_tensor(tensor: MoETensor, output: ShardedOutput, stop: threading.Event) -> int:
+    """Computes one tensor into `output`; the number of its bytes."""
+    for start, out in tensor.parts():
+        if stop.is_set():
+            break
         if has_overflow(out):
             raise CandidateError(f"{tensor.name}: has NaN or infinite numbers")
-        yield tensor.name, out
+        output.write(tensor.name, start, out.contiguous())
+    return total_bytes([tensor])
 
 
 def plan_moe(
@@ -253,9 +300,7 @@ class _Builder:
             if self.kind.gates_shared:
                 yield self._gate(name, index, slice(count, count + 1))
             else:
-                yield MoETensor(
-                    name, (1, self._hidden), self.dtype, partial(torch.zeros, 1, self._hidden)
-                )
+                yield MoETensor(name, (1, self._hidden), self.dtype, _zeros)
             yield from self._expert(
                 f"{block}.shared_expert",
                 DENSE_NAMES,
@@ -269,24 +314,23 @@ class _Builder:
         return self.shapes["mlp.gate_proj.weight"][1]
 
     def _copy(self, header: TensorHeader) -> MoETensor:
-        make = partial(self.base.read, header.name)
-        return MoETensor(header.name, header.shape, self.dtype, make)
+        part = partial(_read_part, self.base, header.name)
+        return MoETensor(header.name, header.shape, self.dtype, part)
 
     def _zero_biases(self, layer: Mapping[str, TensorHeader]) -> Iterator[MoETensor]:
         for rest in sorted(BIASES - layer.keys()):
             weight = layer[rest.replace("bias", "weight")]
             name = weight.name.replace(".weight", ".bias")
-            rows = weight.shape[0]
-            yield MoETensor(name, (rows,), self.dtype, partial(torch.zeros, rows))
+            yield MoETensor(name, (weight.shape[0],), self.dtype, _zeros)
 
     def _gate(self, name: str, layer: int, rows: slice) -> MoETensor:
         shape = (rows.stop - rows.start, self._hidden)
         if self.gates is not None:
             given = self.gates[layer, rows]
             assert tuple(given.shape) == shape, "gates of another model"
-            return MoETensor(name, shape, self.dtype, given.clone)
-        make = partial(random_gate, self.moe.gate_mode, name, shape, self.seed)
-        return MoETensor(name, shape, self.dtype, make)
+        else:
+            given = random_gate(self.moe.gate_mode, name, shape, self.seed)
+        return MoETensor(name, shape, self.dtype, partial(_cut, given.reshape(-1)))
 
     def _expert(
         self,
@@ -303,15 +347,15 @@ class _Builder:
             scale = 1.0
             if projection == "down_proj":
                 scale = factor * (1.0 if expert.residual_scale is None else expert.residual_scale)
-            make = partial(
-                expert_weight,
-                partial(checkpoint.read, header.name),
+            part = partial(
+                expert_part,
+                partial(_read_part, checkpoint, header.name),
                 noise_scale=expert.noise_scale or 0.0,
                 scale=scale,
                 name=name,
                 seed=self.seed,
             )
-            yield MoETensor(name, header.shape, self.dtype, make)
+            yield MoETensor(name, header.shape, self.dtype, part)
 
     def config(self) -> dict[str, Any]:
         """The content of config.json: the base's, as the output's class has it."""
@@ -349,19 +393,32 @@ class _Builder:
         }
 
 
-def expert_weight(
-    read: Callable[[], Tensor], *, noise_scale: float, scale: float, name: str, seed: int
+def _read_part(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    return checkpoint.read(name).reshape(-1)[start:stop]
+
+
+def _zeros(start: int, stop: int) -> Tensor:
+    return torch.zeros(stop - start)
+
+
+def _cut(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat[start:stop]
+
+
+def expert_part(
+    read: Part, start: int, stop: int, *, noise_scale: float, scale: float, name: str, seed: int
 ) -> Tensor:
     """scale · (weight + N(0, noise_scale²)) in float32; the weight itself where nothing changes.
 
-    The noise is drawn from `seed` and the output's `name`.
+    The noise is drawn from `seed`, the output's `name` and the block that begins at `start`.
     """
-    weight = read()
+    weight = read(start, stop)
     if noise_scale == 0.0 and scale == 1.0:
         return weight
     out = weight.float()
     if noise_scale:
-        noise = _generator(name, seed).standard_normal(tuple(out.shape), dtype=np.float32)
+        generator = _generator(f"{name} {start // BLOCK}", seed)
+        noise = generator.standard_normal(stop - start, dtype=np.float32)
         out = out + noise_scale * torch.from_numpy(noise)
     return out * scale
 

@@ -69,8 +69,8 @@ def write_merged(
     where the disk fails or is full; ConfigError where an input cannot be read.
     """
     _keep_freed_memory()
-    count = workers or min(_cores(), MOST_WORKERS)
-    with InputFiles() as files, _thread_count_kept(), ThreadPoolExecutor(count) as pool:
+    count = workers or min(cores(), MOST_WORKERS)
+    with InputFiles() as files, thread_count_kept(), ThreadPoolExecutor(count) as pool:
         work = _Work(plan.entries, progress)
         try:
             running = [
@@ -237,7 +237,7 @@ def _cut(entry: PlanEntry, ready: _Blended | Pieces, step: int) -> list[_Piece]:
     ]
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use; where the system does not say, all there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -254,7 +254,7 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def _thread_count_kept() -> Iterator[None]:
+def thread_count_kept() -> Iterator[None]:
     """Threads that torch is first used in later take the number that was set last, anywhere."""
     before = torch.get_num_threads()
     try:

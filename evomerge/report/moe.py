@@ -13,6 +13,7 @@ from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.moe import MOE_CONFIG_FILE, check_moe, gated_experts, materialize_moe
+from evomerge.merge.streaming import Progress
 from evomerge.moe_config import MoEConfig
 from evomerge.report.card import CardModel
 
@@ -35,12 +36,13 @@ def build_moe(
     seed: int = 0,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    progress: Progress | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Writes the mixture of `config`, whose models are references; `verbatim` is its file.
 
-    `say` is told what is worth knowing, a sentence each. Raises ConfigError before any work where
-    configuration, models or `out` do not allow it.
+    `progress` is told of bytes written, `say` what is worth knowing, a sentence each. Raises
+    ConfigError before any work where configuration, models or `out` do not allow it.
     """
     names = config.model_names()
     folders = {name: str(inputs.resolve(name)) for name in names}
@@ -71,6 +73,7 @@ def build_moe(
         extra_files=texts,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        progress=progress,
         say=say,
     )
 

@@ -20,7 +20,7 @@ from evomerge.errors import ConfigError, OutputExistsError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import materialize
-from evomerge.merge.moe import expert_weight, plan_moe, random_gate
+from evomerge.merge.moe import expert_part, plan_moe, random_gate
 from evomerge.merge.moe_kinds import with_defaults
 from evomerge.moe_config import MoEConfig, parse_moe_config
 from evomerge.recipe import recipe_from_mapping
@@ -75,7 +75,10 @@ def build(text: str, models: Path, out: Path, **given: Any) -> Path:
 def plan(text: str, models: Path) -> dict[str, Tensor]:
     config = parse(text, models)
     checkpoints = {name: Checkpoint.open(Path(name)) for name in config.model_names()}
-    return {tensor.name: tensor.make() for tensor in plan_moe(config, checkpoints).tensors}
+    return {
+        tensor.name: torch.cat([part for _, part in tensor.parts()]).reshape(tensor.shape)
+        for tensor in plan_moe(config, checkpoints).tensors
+    }
 
 
 def load(directory: Path) -> Any:
@@ -232,10 +235,17 @@ def test_residual_scale_shrinks_the_down_projection_alone(models: Path) -> None:
 
 
 def test_noise_has_the_asked_deviation_and_is_its_own_for_every_tensor() -> None:
-    weight = torch.full((200, 300), 0.5)
+    weight = torch.full((60000,), 0.5)
 
     def noisy(name: str, seed: int = 0, scale: float = 1.0) -> Tensor:
-        return expert_weight(lambda: weight, noise_scale=0.1, scale=scale, name=name, seed=seed)
+        return expert_part(
+            lambda start, stop: weight[start:stop],
+            *(0, 60000),
+            noise_scale=0.1,
+            scale=scale,
+            name=name,
+            seed=seed,
+        )
 
     noise = noisy("a") - weight
     assert abs(float(noise.std()) - 0.1) < 0.002
