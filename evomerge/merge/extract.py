@@ -41,6 +41,8 @@ _POWER_ITERATIONS = 12
 _GAIN = 1e-5
 
 _PREFIX = "base_model.model."
+# What chooses between experts is no linear layer in transformers, and small.
+_ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate)\.weight")
 _BIAS = re.compile(r"(?P<module>.+)\.bias")
 # These layers keep their weights transposed, [I, O].
 _TRANSPOSED = ("gpt2",)
@@ -247,7 +249,7 @@ def _told(header: TensorHeader | None) -> str:
 
 
 def _linear_layers(base: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
-    """The matrices that a LoRA can be put on: those of the layers, and the head."""
+    """The matrices that a LoRA can be put on: those of the layers but routers, and the head."""
     architecture = base.architecture
     inside = {header.name for layer in architecture.layers for header in layer.values()}
     if not architecture.tied:
@@ -255,12 +257,18 @@ def _linear_layers(base: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name
         for name in names
-        if name in inside and name.endswith(".weight") and len(base.tensors[name].shape) == 2
+        if name in inside
+        and name.endswith(".weight")
+        and len(base.tensors[name].shape) == 2
+        and not _ROUTER.fullmatch(name)
     )
 
 
 def _differs(fine: Checkpoint, base: Checkpoint, name: str) -> bool:
-    return not torch.equal(fine.read(name).float(), base.read(name).float())
+    ours, theirs = fine.read(name), base.read(name)
+    if ours.dtype != theirs.dtype:
+        ours, theirs = ours.float(), theirs.float()
+    return not torch.equal(ours, theirs)
 
 
 def _sort_out(
@@ -298,11 +306,12 @@ def _factorised(
     """The factors of each module that differs, one after the other."""
     for done, name in enumerate(names):
         report(done, len(names))
-        delta = fine.read(name).float() - base.read(name).float()
+        if not _differs(fine, base, name):
+            continue
+        delta = fine.read(name).float() - base.read(name)  # in float32; the base is not copied
         if not torch.isfinite(delta).all():
             raise ConfigError(f"{name}: the difference of the models has NaN or infinite numbers")
-        if torch.count_nonzero(delta):
-            yield name.removesuffix(".weight"), _factors(delta, rank, explained)
+        yield name.removesuffix(".weight"), _factors(delta, rank, explained)
     report(len(names), len(names))
 
 
@@ -445,7 +454,7 @@ def _notes(
     if lost:
         yield (
             f"{len(lost)} tensors outside of linear layers differ and are not in the adapter "
-            f"({_some(lost)}); --save-others puts in norms, biases and untied embeddings"
+            f"({_some(lost)}); --save-others puts in norms, biases, routers, untied embeddings"
         )
     for key in _COMPUTING_KEYS:
         if fine.config.get(key) != base.config.get(key):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from evomerge.cli import main
 from evomerge.errors import ConfigError, OutputExistsError, RunError
@@ -162,6 +162,29 @@ def test_peft_takes_ranks_by_module_and_what_is_saved_whole(base: Path, tmp_path
     assert distance(tiny.read_tensors(tmp_path / "merged"), wanted) < 1e-5
     back = tiny.read_tensors(apply_adapter(base, tmp_path / "lora", tmp_path / "back"))
     assert distance(back, wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_a_mixtures_experts_get_factors_each_and_peft_puts_them_where_we_do(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (pip install .[train])")
+    config = MixtralConfig(**tiny._shape(1, 128, 261), num_local_experts=4)
+    base = tiny._write(
+        tmp_path / "base", MixtralForCausalLM, config, 0, torch.float32, False, "5GB"
+    )
+    fine = everything_moved(base, tmp_path / "fine")
+    found = extract_lora(fine, base, tmp_path / "lora", 8)
+    assert len(found.ranks) == 4 * 3 + 4 + 1
+    assert "model.layers.0.block_sparse_moe.gate.weight" in found.lost
+    ours = tiny.read_tensors(apply_adapter(base, tmp_path / "lora", tmp_path / "ours"))
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora"
+    )
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert distance(tiny.read_tensors(tmp_path / "merged"), ours) < 1e-6
+    whole = extract_lora(fine, base, tmp_path / "whole", 128, save_others=True)
+    assert whole.lost == ()
+    back = tiny.read_tensors(apply_adapter(base, tmp_path / "whole", tmp_path / "back"))
+    assert distance(back, tiny.read_tensors(fine)) < 1e-5
 
 
 def test_other_tensors_that_differ_are_told_or_put_in_whole(base: Path, tmp_path: Path) -> None:
