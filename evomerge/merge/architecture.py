@@ -233,7 +233,8 @@ def _refuse_bound_layers(first: Architecture, origins: Sequence[tuple[Architectu
 
 def _num_predictors(config: Mapping[str, Any]) -> int:
     """How many layers that predict further tokens (DeepSeek's, GLM's) follow the counted ones."""
-    return int(value_at(config, text_section(config)).get("num_nextn_predict_layers") or 0)
+    number = value_at(config, text_section(config)).get("num_nextn_predict_layers")
+    return number if isinstance(number, int) else 0
 
 
 def _period(kinds: Sequence[object]) -> int:

@@ -119,10 +119,11 @@ def _restacked(section: Config, origins: Sequence[LayerOrigin], num_layers: int)
         changed[key] = [
             number
             for number, (source, index) in enumerate(origins)
-            if index in (source.get(key) or section[key])
+            if index in _like(section[key], source.get(key))
         ]
     for key in _prefix_counts(section):
-        changed[key] = _leading(key, [index < source.get(key, 0) for source, index in origins])
+        flags = [index < _like(section[key], source.get(key)) for source, index in origins]
+        changed[key] = _leading(key, flags)
     if "attention_types" in section and "attention_layers" in changed:  # GPT-Neo's short form
         changed["attention_types"] = [[changed["attention_layers"], 1]]
     return changed
@@ -132,6 +133,11 @@ def _part(config: Config, place: Sequence[str]) -> Config:
     for key in place:
         config = config.get(key) or {}
     return config
+
+
+def _like(known: Any, value: object) -> Any:
+    """`value`, or `known` where that is of another kind."""
+    return value if isinstance(value, type(known)) else known
 
 
 def _item(values: object, index: int, *, fallback: Sequence[Any]) -> Any:

@@ -190,3 +190,37 @@ def test_every_tensor_is_kept(tmp_path: Path) -> None:
     assert written.keys() == tiny.read_tensors(base).keys()
     assert "model.layers.3.self_attn.q_proj.bias" in written
     assert "model.layers.3.mlp.down_proj.bias" in written
+
+
+def test_layers_that_predict_further_tokens_stay_behind_the_others(tmp_path: Path) -> None:
+    # DeepSeek-V3 and GLM-4.5 number them as layers that the config does not count.
+    base = decoders.write(tmp_path / "base", "deepseek_v3", num_nextn_predict_layers=1)
+    predictor = {
+        "model.layers.4.eh_proj.weight": torch.ones(32, 64),
+        "model.layers.4.enorm.weight": torch.ones(32),
+    }
+    tiny.rewrite(base, lambda tensors: tensors.update(predictor))
+    kept = tiny.read_tensors(remade(base, tmp_path / "kept", (0, 2), (1, 3)))
+    assert torch.equal(kept["model.layers.4.eh_proj.weight"], torch.ones(32, 64))
+    with pytest.raises(ConfigError, match=r"make 3 layers of 4, but model\.layers\.4\.eh_proj"):
+        remade(base, tmp_path / "out", (0, 3))
+
+
+def test_a_mix_of_tied_and_untied_keeps_the_architectures_own_name_of_the_head(
+    tmp_path: Path,
+) -> None:
+    untied = decoders.write(tmp_path / "untied", "gpt_neox")
+    tied = decoders.write(tmp_path / "tied", "gpt_neox", tie_word_embeddings=True)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tied)}, {"model": str(untied)}],
+        "parameters": {"weight": 1.0},
+    }
+    out = materialize(recipe_from_mapping(recipe, "recipe"), tmp_path / "out")
+    head = tiny.read_tensors(untied)["embed_out.weight"]
+    embedding = tiny.read_tensors(tied)["gpt_neox.embed_in.weight"]
+    torch.testing.assert_close(
+        tiny.read_tensors(out)["embed_out.weight"],
+        ((head.double() + embedding.double()) / 2).float(),
+    )
+    assert decoders.load(out).config.tie_word_embeddings is False

@@ -6,6 +6,7 @@ the recipe and its file: `mutations.mutated(number, mutations.seeds())` makes it
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,16 +18,18 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.inputs import InputModels
+from evomerge.merge.plan import make_plan, open_checkpoints
 from evomerge.moe_config import read_moe_config
-from evomerge.recipe import read_recipe
+from evomerge.recipe import parse_recipe, read_recipe
 from evomerge.report.export import merge_recipe
 from evomerge.report.moe import build_moe
 from tests.golden.moe_cases import write_moe_inputs
-from tests.merge import mutations
+from tests.merge import decoders, mutations
 
 COUNT = int(os.environ.get("EVOMERGE_FUZZ", "500"))
 BATCH = 100
@@ -121,6 +124,34 @@ def test_the_files_that_are_mutated_are_right(
     for recipe in MAKE[kind][0]():
         said = outcome(kind, mutations.written(recipe), inputs, tmp_path)
         assert said is None, f"{recipe}: {said}"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neo", "deepseek_v3", "smollm3"])
+def test_a_mutated_config_json_is_planned_with_or_refused(model_type: str, tmp_path: Path) -> None:
+    base = decoders.write(tmp_path / "base", model_type)
+    config = decoders.config_of(base)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").symlink_to(base / "model.safetensors")
+    ranges = [(base, [0, 2]), (tmp_path / "other", [1, 4])]
+    recipe = parse_recipe(
+        "merge_method: passthrough\nslices:\n"
+        + "".join(f"- sources: [{{model: {m}, layer_range: {r}}}]\n" for m, r in ranges),
+        "recipe",
+    )
+    for case in range(COUNT // 10):
+        content = mutations.mutated(case, [config])
+        try:
+            changed = yaml.safe_load(content)
+            (tmp_path / "other" / "config.json").write_text(json.dumps(changed))
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        try:
+            with within(SECONDS):
+                make_plan(recipe, open_checkpoints(recipe))
+        except ConfigError:
+            pass
+        except (Exception, TooSlow) as error:
+            pytest.fail(f"{model_type} {case}: {type(error).__name__}: {error}\n{changed}")
 
 
 @pytest.mark.slow
