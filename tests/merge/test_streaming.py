@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evomerge.cli import main
 from evomerge.errors import ConfigError, RunError
 from evomerge.merge import materialize as materialize_module
 from evomerge.merge import streaming
@@ -182,6 +183,23 @@ def test_ctrl_c_at_any_moment_leaves_nothing_and_the_merge_starts_anew(
     monkeypatch.undo()
     written = tiny.read_tensors(materialize(recipe_of(base), out))
     assert all(torch.equal(written[name], one) for name, one in in_order(recipe_of(base)).items())
+
+
+def test_ctrl_c_ends_the_command_with_130(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_down(monkeypatch)
+    (tmp_path / "recipe.yaml").write_text(recipe_of(base).to_yaml())
+    write = ShardedOutput.write
+
+    def interrupts(self: ShardedOutput, name: str, start: int, numbers: Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(self, name, start, numbers)
+
+    monkeypatch.setattr(ShardedOutput, "write", interrupts)
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]) == 130
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+    assert "GB/s" not in capsys.readouterr().err
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
