@@ -129,34 +129,28 @@ def _scalars(setting: Setting) -> Iterator[object]:
         yield setting
 
 
-def resolve(levels: Iterable[Settings], parameter: str, tensor: str, depth: float) -> object | None:
+def resolve(
+    levels: Iterable[Settings], parameter: Parameter, tensor: str, depth: float
+) -> float | bool | None:
     """What `parameter` is for one tensor, from the first of `levels` that says so; else None.
 
     `tensor` is the name that filters are looked for in (plain substrings, first match wins);
-    `depth` in [0, 1] is the place within the slice where gradients are read.
+    `depth` in [0, 1] is the place within the slice where gradients are read. Flags are read from 1,
+    "yes" and the like, numbers from numeric strings and flags. Raises ConfigError for a flag of 0.5
+    and the like.
     """
     for level in levels:
-        if parameter in level:
-            value = _select(level[parameter], tensor, depth)
+        if parameter.name in level:
+            value = _select(level[parameter.name], tensor)
+            if isinstance(value, list):
+                return _gradient(parameter, value, depth)
             if value is not None:
-                return value
+                return _scalar(parameter, value)
     return None
 
 
-def resolve_float(
-    levels: Iterable[Settings], parameter: str, tensor: str, depth: float
-) -> float | None:
-    """`resolve` as a number: numeric strings are read, true is 1."""
-    value = resolve(levels, parameter, tensor, depth)
-    return None if value is None else as_float(value)
-
-
-def resolve_bool(
-    levels: Iterable[Settings], parameter: str, tensor: str, depth: float
-) -> bool | None:
-    """`resolve` as a flag: 1 and 1.0 are true. Raises ConfigError for 0.5 and the like."""
-    value = resolve(levels, parameter, tensor, depth)
-    return None if value is None else as_flag(parameter, value)
+def _scalar(parameter: Parameter, value: object) -> float | bool:
+    return as_flag(parameter.name, value) if parameter.kind is bool else as_float(value)
 
 
 def as_flag(parameter: str, value: object) -> bool:
@@ -183,7 +177,8 @@ def as_float(value: object) -> float:
     return float(value)
 
 
-def _select(setting: Setting, tensor: str, depth: float) -> object | None:
+def _select(setting: Setting, tensor: str) -> object | None:
+    """The scalar or the gradient that is said for `tensor`; None where nothing is."""
     # dict and list, not Mapping and Sequence: asking an abstract class costs half of a plan's time.
     conditions = [setting] if isinstance(setting, dict) else setting
     if not isinstance(conditions, list):
@@ -191,21 +186,22 @@ def _select(setting: Setting, tensor: str, depth: float) -> object | None:
     if not conditions:
         return None
     if not isinstance(conditions[0], dict):
-        return _gradient(conditions, depth)
+        return conditions
     for condition in conditions:
         wanted = condition.get("filter")
         if wanted in (None, "*") or wanted in tensor:
-            return _select(condition["value"], tensor, depth)
+            value: object = condition["value"]
+            return value
     return None
 
 
-def _gradient(anchors: Sequence[object], depth: float) -> object:
+def _gradient(parameter: Parameter, anchors: Sequence[object], depth: float) -> float | bool:
     """The anchors as a piecewise linear function of `depth`; flags are not mixed but chosen."""
     place = depth * (len(anchors) - 1)
     index = math.floor(place)
     if index >= len(anchors) - 1:
-        return anchors[-1]
-    if all(isinstance(anchor, bool) for anchor in anchors):
-        return anchors[index]
+        return _scalar(parameter, anchors[-1])
+    if parameter.kind is bool:
+        return _scalar(parameter, anchors[index])
     share = place - index
     return (1 - share) * as_float(anchors[index]) + share * as_float(anchors[index + 1])

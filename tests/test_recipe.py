@@ -11,14 +11,17 @@ import pytest
 import yaml
 
 from evomerge.errors import ConfigError
+from evomerge.merge_rules import Parameter
 from evomerge.recipe import (
     Recipe,
     parse_recipe,
     read_recipe,
     recipe_from_mapping,
 )
-from evomerge.settings import resolve, resolve_bool, resolve_float
+from evomerge.settings import resolve
 
+WEIGHT = Parameter("weight")
+NORMALIZE = Parameter("normalize", kind=bool)
 SHARED = Path(os.environ.get("EVOMERGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = SHARED / "published" / "llm-jp-3-13b_task_arithmetic.yaml"
 
@@ -150,6 +153,7 @@ def test_models_are_renamed_wherever_they_stand() -> None:
         ([0.0, 1.0, 5.0], 0.75, 3.0),
         ([0.0, 1.0, 5.0], 1.0, 5.0),
         ([True, 0.0], 0.5, 0.5),
+        ([True, False], 0.25, 0.75),
         (["1e-1", 0.3], 0.5, 0.2),
         ([7], 0.3, 7.0),
         ({"filter": "mlp", "value": 2}, 0.0, 2.0),
@@ -166,28 +170,37 @@ def test_a_setting_is_read_as_mergekit_reads_it(
     setting: object, depth: float, value: float | None
 ) -> None:
     name = "model.layers.3.mlp.up_proj.weight"
-    resolved = resolve_float([{"weight": setting}], "weight", name, depth)
+    resolved = resolve([{"weight": setting}], WEIGHT, name, depth)
     assert resolved == (None if value is None else pytest.approx(value, abs=1e-15))
 
 
 def test_the_first_level_that_yields_a_value_wins() -> None:
     levels = [{"weight": [{"filter": "mlp", "value": 1.0}]}, {}, {"weight": [2.0, 4.0]}]
-    assert resolve(levels, "weight", "mlp.up_proj", 0.5) == 1.0
-    assert resolve(levels, "weight", "self_attn.q_proj", 0.5) == 3.0
-    assert resolve(levels, "density", "mlp.up_proj", 0.5) is None
+    assert resolve(levels, WEIGHT, "mlp.up_proj", 0.5) == 1.0
+    assert resolve(levels, WEIGHT, "self_attn.q_proj", 0.5) == 3.0
+    assert resolve(levels, Parameter("density"), "mlp.up_proj", 0.5) is None
 
 
 @pytest.mark.parametrize(
     ("setting", "flag"),
-    [(True, True), (0, False), (1.0, True), ("off", False), ([True, False], True), (None, None)],
+    [
+        (True, True),
+        (0, False),
+        (1.0, True),
+        ("off", False),
+        ([True, False], True),
+        ([1, 0.0], True),
+        ([0, 0, "yes"], False),
+        (None, None),
+    ],
 )
 def test_flags_are_read_from_numbers_and_words(setting: object, flag: bool | None) -> None:
-    assert resolve_bool([{"normalize": setting}], "normalize", "name", 0.9) is flag
+    assert resolve([{"normalize": setting}], NORMALIZE, "name", 0.9) is flag
 
 
 def test_a_flag_that_is_neither_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"normalize: 0\.5 is neither true nor false"):
-        resolve_bool([{"normalize": 0.5}], "normalize", "name", 0.0)
+        resolve([{"normalize": 0.5}], NORMALIZE, "name", 0.0)
 
 
 @pytest.mark.parametrize(

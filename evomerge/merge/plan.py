@@ -25,7 +25,7 @@ from evomerge.merge.methods import METHODS, Blend, recall_nothing
 from evomerge.merge.vocabulary import Vocabulary, build_vocabulary, is_by_token
 from evomerge.merge_rules import MethodRules, Parameter
 from evomerge.recipe import Body, Recipe, Slice, Source
-from evomerge.settings import Settings, as_flag, as_float, resolve
+from evomerge.settings import Settings, resolve
 
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 # Equal shapes do not show these, and a mix of models that differ here computes nonsense.
@@ -134,18 +134,31 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
 
 
 @dataclass(frozen=True)
+class _Input:
+    """A source tensor with the parameters of its source.
+
+    `known_as` is the name that filters are looked for in: the output embeddings of a tied model are
+    known by their usual name, though its file has them as input embeddings alone.
+    """
+
+    tensor: SourceTensor
+    header: TensorHeader
+    settings: Settings
+    known_as: str
+
+
+@dataclass(frozen=True)
 class _Group:
     """The tensors that become one output tensor, before the weights are looked up.
 
-    `inputs` are the source tensors with their shape and the parameters of their source, in the
-    order of listing; `depth` is the place in [0, 1] where gradients are read; `shape` and
-    `by_token` are the output's, as in a PlanEntry.
+    `inputs` are in the order of listing; `depth` is the place in [0, 1] where gradients are read;
+    `shape` and `by_token` are the output's, as in a PlanEntry.
     """
 
     name: str
     shape: tuple[int, ...]
     by_token: bool
-    inputs: tuple[tuple[SourceTensor, TensorHeader, Settings], ...]
+    inputs: tuple[_Input, ...]
     part: _Part
     depth: float
 
@@ -206,7 +219,7 @@ class _Part:
 
     def _outer_groups(self, tensors: Sequence[Mapping[str, TensorHeader]]) -> Iterator[_Group]:
         for name, headers in self._matched(tensors, "the tensors outside of the layers"):
-            yield self._group(name, headers, 0.0)
+            yield self._group(name, headers, 0.0, known_as=name)
 
     def _module_groups(self, module: str) -> Iterator[_Group]:
         """The tensors of a module, each at its depth in the module's own layers."""
@@ -230,7 +243,14 @@ class _Part:
         for name in names:
             yield name, [by_name[name] for by_name in tensors]
 
-    def _group(self, name: str, headers: Sequence[TensorHeader], depth: float) -> _Group:
+    def _group(
+        self,
+        name: str,
+        headers: Sequence[TensorHeader],
+        depth: float,
+        *,
+        known_as: str | None = None,
+    ) -> _Group:
         by_token = is_by_token(headers[0].name, self.architectures[0])
         shapes = {self._output_shape(header, by_token=by_token) for header in headers}
         if len(shapes) > 1:
@@ -238,7 +258,12 @@ class _Part:
         if by_token and self.vocabulary is not None:
             self.vocabulary.require(name, [source.model for source in self.sources])
         inputs = tuple(
-            (SourceTensor(source.model, header.name), header, source.parameters)
+            _Input(
+                SourceTensor(source.model, header.name),
+                header,
+                source.parameters,
+                known_as or header.name,
+            )
             for source, header in zip(self.sources, headers, strict=True)
         )
         return _Group(name, shapes.pop(), by_token, inputs, self, depth)
@@ -437,9 +462,9 @@ def _entries(parts: Sequence[_Part], recipe: Recipe, seed: int) -> tuple[PlanEnt
 
 def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
     rules = recipe.rules
-    base = [tensor for tensor, _, _ in group.inputs if tensor.model == group.part.base]
-    others = [entry for entry in group.inputs if entry[0].model != group.part.base]
-    inputs = (*base, *(tensor for tensor, _, _ in others))
+    base = [one.tensor for one in group.inputs if one.tensor.model == group.part.base]
+    others = [one for one in group.inputs if one.tensor.model != group.part.base]
+    inputs = (*base, *(one.tensor for one in others))
     entry = partial(
         PlanEntry,
         name=group.name,
@@ -477,55 +502,51 @@ def _blend(group: _Group, method: str, numbers: Mapping[str, Number | tuple[Numb
 def _numbers(
     group: _Group,
     rules: MethodRules,
-    inputs: Sequence[tuple[SourceTensor, TensorHeader, Settings]],
+    inputs: Sequence[_Input],
 ) -> dict[str, Number | tuple[Number, ...]]:
     """The arguments of the method for this tensor, by the names that its function has."""
     numbers: dict[str, Number | tuple[Number, ...]] = {}
     for parameter in rules.parameters:
         keyword = "lambda_" if parameter.name == "lambda" else parameter.name
         if parameter.own:
-            numbers[keyword] = tuple(
-                _own_number(group, parameter, tensor, own) for tensor, _, own in inputs
-            )
+            numbers[keyword] = tuple(_own_number(group, parameter, one) for one in inputs)
         else:
             numbers[keyword] = _shared_number(group, rules, parameter)
     return numbers
 
 
-def _own_number(group: _Group, parameter: Parameter, tensor: SourceTensor, own: Settings) -> Number:
+def _own_number(group: _Group, parameter: Parameter, one: _Input) -> Number:
     """The number of one source; filters look into the name that the tensor has there."""
-    levels = (own, *group.part.levels)
-    value = resolve(levels, parameter.name, tensor.name, group.depth)
+    levels = (one.settings, *group.part.levels)
+    value = resolve(levels, parameter, one.known_as, group.depth)
     if value is None and parameter.required:
         raise ConfigError(
-            f"{group.part.where}: {tensor.model} has no {parameter.name} for {tensor.name}"
+            f"{group.part.where}: {one.tensor.model} has no {parameter.name} for {one.known_as}"
         )
-    return parameter.default if value is None else _converted(group, parameter, value)
+    return _whole_if_asked(group, parameter, value)
 
 
 def _shared_number(group: _Group, rules: MethodRules, parameter: Parameter) -> Number:
     """The number for all sources together; filters look into the name of the output."""
-    value = resolve(group.part.levels, parameter.name, group.name, group.depth)
+    value = resolve(group.part.levels, parameter, group.name, group.depth)
     if value is None and parameter.required:
         raise ConfigError(
             f"{group.part.where}: {rules.name} needs {parameter.name}, and there is none for "
             f"{group.name}"
         )
-    return parameter.default if value is None else _converted(group, parameter, value)
+    return _whole_if_asked(group, parameter, value)
 
 
-def _converted(group: _Group, parameter: Parameter, value: object) -> Number:
-    if parameter.kind is bool:
-        return as_flag(parameter.name, value)
-    number = as_float(value)
-    if parameter.kind is not int:
-        return number
-    if not number.is_integer():
+def _whole_if_asked(group: _Group, parameter: Parameter, value: float | bool | None) -> Number:
+    """The value, the default for None; ConfigError for parts of a whole number (of a gradient)."""
+    if value is None or parameter.kind is not int:
+        return parameter.default if value is None else value
+    if not float(value).is_integer():
         raise ConfigError(
-            f"{group.part.where}: {parameter.name}: {number} for {group.name} should be a whole "
+            f"{group.part.where}: {parameter.name}: {value} for {group.name} should be a whole "
             "number"
         )
-    return int(number)
+    return int(value)
 
 
 def _require_float32(group: _Group, what: str, number: float) -> None:
@@ -543,7 +564,7 @@ def _dtype(group: _Group, recipe: Recipe) -> torch.dtype:
     if name is not None:
         dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
         return dtype
-    return reduce(torch.promote_types, (header.dtype for _, header, _ in group.inputs))
+    return reduce(torch.promote_types, (one.header.dtype for one in group.inputs))
 
 
 def _output_config(

@@ -254,6 +254,22 @@ def test_a_mix_of_tied_and_untied_has_output_embeddings_of_its_own(
     assert plan.config["tie_word_embeddings"] is False
 
 
+def test_filters_know_the_output_embeddings_of_a_tied_model_by_their_own_name(
+    checkpoints: dict[str, Checkpoint],
+) -> None:
+    """As mergekit does, though the tied model's file has input embeddings alone."""
+    weight = [
+        {"filter": "lm_head", "value": 0.75},
+        {"filter": "embed", "value": 0.25},
+        {"value": 1},
+    ]
+    models = [{"model": name, "parameters": {"weight": weight}} for name in ("tied", "base")]
+    recipe = linear(models=models, parameters={"normalize": False})
+    plan = entries(make_plan(recipe, checkpoints))
+    assert plan["lm_head.weight"].weights == (0.75, 0.75)
+    assert plan["model.embed_tokens.weight"].weights == (0.25, 0.25)
+
+
 def test_where_the_last_slice_is_tied_the_model_is(checkpoints: dict[str, Checkpoint]) -> None:
     slices = [weighted(("base", 1.0), layers=(0, 2)), weighted(("tied", 1.0), layers=(2, 4))]
     plan = make_plan(linear(slices=slices), checkpoints)
