@@ -90,11 +90,16 @@ class TransformersEngine(PlanningEngine):
                 self.checkpoints[source.model].read(source.name).to(self.device)
                 for source in entry.inputs
             ]
-            out = parameters[entry.name].data
+            into = parameters[entry.name].data
+            # Some parameters are kept in a wider dtype than the model on disk has them in.
+            rounded = into.dtype == entry.dtype
+            out = into if rounded else torch.empty_like(into, dtype=entry.dtype)
             recall = self.statistics.of(entry.inputs)
             merge_entry(out, entry, inputs, recall=recall, compiled=self._compiled)
             if has_overflow(out):
                 raise CandidateError(f"{entry.name} has NaN or infinite values")
+            if not rounded:
+                into.copy_(out)
 
     def _load_from_disk(self, recipe: Recipe, plan: MergePlan) -> None:
         directory = write_candidate(recipe, self.config.scratch, self.statistics)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import GenerationSettings
+from evomerge.engine.transformers_engine import TransformersEngine
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.materialize import materialize
 from evomerge.recipe import recipe_from_mapping
@@ -33,6 +35,30 @@ def test_in_place_merges_equal_the_model_on_disk(kind: str, tmp_path: Path) -> N
     with start("transformers", tmp_path / "merged", []) as fresh:
         scored = fresh.log_probabilities(PROMPTS, add_special_tokens=True)
         assert (answers(fresh), scored) == states[0]
+
+
+def test_a_wider_parameter_is_rounded_as_it_is_on_disk(tmp_path: Path) -> None:
+    """Without a dtype in the recipe each tensor keeps its own, and the engine's may be wider."""
+
+    def widen_norms(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({k: v.float() for k, v in tensors.items() if "norm" in k})
+
+    base = tiny.llama(tmp_path / "base", layers=2, hidden=64)
+    tuned = tiny.rewrite(tiny.variant(base, tmp_path / "tuned", seed=1), widen_norms)
+    tiny.rewrite(base, widen_norms)
+    models = [{"model": str(tuned), "parameters": {"weight": 0.3}}]
+    mapping = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    recipe = recipe_from_mapping(mapping, "test")
+    materialize(recipe, tmp_path / "merged")
+    config = EngineConfig(model=str(base), sources=(str(tuned),), dtype="float32")
+    with open_engine("transformers", config) as engine:
+        assert isinstance(engine, TransformersEngine)
+        assert engine.load(recipe).how == "live"
+        live = dict(engine.model.named_parameters())
+        on_disk = tiny.read_tensors(tmp_path / "merged")
+        assert {tensor.dtype for tensor in on_disk.values()} == {torch.bfloat16, torch.float32}
+        for name, tensor in on_disk.items():
+            assert torch.equal(live[name].data, tensor.float()), name
 
 
 def test_another_layer_count_is_loaded_from_disk(tmp_path: Path) -> None:
