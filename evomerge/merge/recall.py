@@ -14,6 +14,10 @@ from evomerge.merge.methods import Recall
 
 _Result = TypeVar("_Result")
 
+# What keeping a number takes beside it, measured: its key and the names of three source tensors.
+# Random methods leave some thousands of them behind with every candidate.
+_KEY_BYTES = 1100
+
 
 @dataclass
 class Statistics:
@@ -48,7 +52,7 @@ class Statistics:
     def _keep(self, place: Hashable, result: Any) -> None:
         if place in self._kept:
             return
-        size = _bytes_of(result)
+        size = _KEY_BYTES + _bytes_of(result)
         self._kept[place] = result, size
         self._bytes += size
         while self._bytes > self.limit and len(self._kept) > 1:

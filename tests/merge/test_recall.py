@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from evomerge.merge import statistics
 from evomerge.merge.materialize import materialize
+from evomerge.merge.plan import SourceTensor
 from evomerge.merge.recall import Statistics
 from evomerge.recipe import Recipe, recipe_from_mapping
 from tests import tiny
@@ -30,13 +32,13 @@ def test_a_statistic_is_computed_once_for_the_same_tensors_and_key() -> None:
 
 
 def test_the_oldest_statistics_are_given_up_beyond_the_limit() -> None:
-    memory = Statistics(limit=1000)
+    memory = Statistics(limit=24_000)
     made: list[str] = []
 
     def make(name: str) -> torch.Tensor:
         def compute() -> torch.Tensor:
             made.append(name)
-            return torch.zeros(100)  # 400 bytes
+            return torch.zeros(2000)  # 8,000 bytes
 
         return memory.of(name)("histogram", compute)
 
@@ -44,6 +46,19 @@ def test_the_oldest_statistics_are_given_up_beyond_the_limit() -> None:
         make(name)
     # c drives out b, which was asked for longest ago.
     assert made == ["a", "b", "c", "b"]
+
+
+def test_small_statistics_count_as_what_their_keys_take() -> None:
+    """Each candidate of a random method leaves numbers behind that no other one asks for."""
+    memory = Statistics(limit=1_000_000)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for candidate in range(5000):
+        tensors = tuple(SourceTensor(f"/models/{name}", f"layers.{candidate}.w") for name in "abc")
+        memory.of(tensors)(("L1 norm", 0, ("random", candidate / 5000, candidate)), lambda: 0.5)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 1.5 * memory.limit
 
 
 def slerp(base: Path, tuned: Path, t: float) -> Recipe:
