@@ -576,7 +576,8 @@ def sce(
     if select_topk < 1.0:
         leading = recall(("spreads",), lambda: statistics.leading_digits(spread, count))
         moved = count - recall(("spreads of 0",), lambda: statistics.zeros(spread, count, leading))
-        k = int(select_topk * moved)
+        # In float32 as in mergekit: a gradient's 0.49999999999999994 of 64 elements is 32 of them.
+        k = int(np.float32(select_topk) * np.float32(moved))
         cut = recall(("largest spreads", k), lambda: statistics.largest(spread, count, k, leading))
 
     def squares_of(vector: Values) -> Values:

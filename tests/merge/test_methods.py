@@ -514,3 +514,13 @@ def test_every_shape_has_a_result(case: tuple[str, int, dict[str, Any]], shape: 
     result = merged(name, base if has_base(name) else None, inputs, **given)
     assert result.shape == shape
     assert result.isfinite().all()
+
+
+def test_sce_counts_its_elements_in_float32_as_mergekit_does() -> None:
+    """A gradient from 0.1 to 0.7 is 0.49999999999999994 in the third of four layers."""
+    base, *inputs = (torch.randn(64, generator=torch.Generator().manual_seed(n)) for n in range(4))
+    pieces = METHODS["sce"](base, inputs, select_topk=0.49999999999999994, recall=recall_nothing)
+    assert isinstance(pieces, Pieces)
+    out = torch.empty(64)
+    pieces.fill(out, 0, 64)
+    assert int((out != base).sum()) == 32
