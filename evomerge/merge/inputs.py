@@ -12,11 +12,11 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from evomerge.errors import ConfigError, shown
 from evomerge.merge.checkpoint import (
@@ -43,6 +43,13 @@ HUB_FILE = re.compile(
 _REFUSALS = (401, 403, 404)
 
 _ORIGIN = "evomerge_origin.json"
+
+# Of GGUF files: the key that says how positions are scaled, and the table that does for Llama 3.
+_SCALING = ".rope.scaling.type"
+_ROPE_TABLE = "rope_freqs"
+# Whose GGUF files transformers reads as they are: of others (Gemma, mixtures) it takes parts of the
+# configuration for what is usual, or leaves tensors out. A Mistral's architecture is llama.
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 class HubUnreachableError(ConfigError):
@@ -243,31 +250,94 @@ def _dequantise(path: Path, out: Path, dtype: str) -> None:
         raise ConfigError(
             f"{path}: reading GGUF files needs two more packages: pip install 'evomerge[gguf]'"
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        quantised = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (
-        Exception
-    ) as error:  # whatever the reader meets in a file that is broken or unknown to it
+        content = _read_gguf(path)
+        _refuse_unread(path, content)
+        model, tokenizer, missing = _read_with_transformers(path, dtype)
+    except ConfigError:
+        raise
+    # Whatever the readers meet in a file that is broken or unknown to them.
+    except Exception as error:
         raise ConfigError(f"{path}: cannot be read as GGUF: {_first_line(error)}") from error
-    # transformers refuses to save a model that it read from GGUF, so a plain one takes its weights.
-    config = copy.deepcopy(quantised.config)
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.load_state_dict(quantised.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = quantised.generation_config
+    _refuse_lost(path, content, sum(one.numel() for one in model.parameters()), missing)
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise disk_failure(out, error) from error
+
+
+def _read_with_transformers(path: Path, dtype: str) -> tuple[Any, Any, list[str]]:
+    """A GGUF file's model and tokenizer, and the names of the weights that it did not have."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    quantised, said = read
+    # transformers refuses to save a model that it read from GGUF: a plain one takes its weights.
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    # Raises where weights have other shapes than the config that was read with them.
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, tokenizer, list(said["missing_keys"])
+
+
+@dataclass(frozen=True)
+class _GGUFContent:
+    """What a GGUF file says of its kind and positions, and how many numbers its weights are."""
+
+    architecture: str
+    scaling: str | None
+    numbers: int
+
+
+def _read_gguf(path: Path) -> _GGUFContent:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaling = next(
+        (str(field.contents()) for name, field in reader.fields.items() if name.endswith(_SCALING)),
+        None,
+    )
+    weights = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    if any(name.startswith(_ROPE_TABLE) for name in weights):
+        scaling = scaling or _ROPE_TABLE
+    numbers = sum(count for name, count in weights.items() if not name.startswith(_ROPE_TABLE))
+    architecture = str(reader.fields["general.architecture"].contents())
+    return _GGUFContent(architecture, None if scaling == "none" else scaling, numbers)
+
+
+def _refuse_unread(path: Path, content: _GGUFContent) -> None:
+    """Raises ConfigError where transformers would read another model than the file holds."""
+    if content.architecture not in _GGUF_ARCHITECTURES:
+        raise ConfigError(
+            f"{path}: GGUF files of {', '.join(_GGUF_ARCHITECTURES)} are read right, this one is "
+            f"of {content.architecture}; use the model's safetensors"
+        )
+    if content.scaling:
+        raise ConfigError(
+            f"{path}: its scaling of positions ({content.scaling}) would be lost: transformers "
+            "does not read it from GGUF files; use the model's safetensors"
+        )
+
+
+def _refuse_lost(path: Path, content: _GGUFContent, read: int, missing: Iterable[str]) -> None:
+    """Raises ConfigError where tensors of the file (biases …) did not get into the model."""
+    lost = ", ".join(sorted(missing)[:3])
+    if content.numbers != read:
+        lost = f"{content.numbers} numbers in the file, {read} in the model"
+    if lost:
+        raise ConfigError(
+            f"{path}: transformers does not read all of this GGUF file ({lost}); use the model's "
+            "safetensors"
+        )
 
 
 def _ask_hub(name: str, revision: str | None, seconds: float) -> tuple[str, list[str]]:

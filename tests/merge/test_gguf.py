@@ -46,6 +46,7 @@ from evomerge.errors import ConfigError, OutputExistsError, RunError
 from evomerge.merge import gguf as gguf_module
 from evomerge.merge import gguf_vocabulary
 from evomerge.merge.gguf import TYPES, write_gguf
+from evomerge.merge.inputs import InputModels
 from evomerge.merge.lora import apply_adapter
 from tests import tiny, tiny_tokenizers
 
@@ -902,3 +903,43 @@ def types_of(file: Path) -> dict[str, str]:
 
 def fields_of(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+def as_input(name: str, tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and what its GGUF file becomes where a recipe names it."""
+    model = build(tmp_path / name, name)
+    write_gguf(model, tmp_path / "m.gguf", "f32")
+    inputs = InputModels(tmp_path / "storage", folder=tmp_path, dtype="float32")
+    return model, inputs.resolve("m.gguf")
+
+
+# Tied ones, too.
+READ_AS_INPUTS = ("llama", "mistral-7", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("name", READ_AS_INPUTS)
+def test_a_gguf_file_as_an_input_is_its_model(name: str, tmp_path: Path) -> None:
+    model, read = as_input(name, tmp_path)
+    with torch.no_grad():
+        ours, theirs = (loaded(path)(torch.tensor([PROMPT])).logits for path in (model, read))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama3", r"m\.gguf: its scaling of positions \(rope_freqs\) would be lost"),
+        ("llama-biases", r"m\.gguf: .*not read all.*numbers in the file"),
+        ("llama-linear", r"m\.gguf: its scaling of positions \(linear\) would be lost"),
+        ("llama-yarn", r"m\.gguf: its scaling of positions \(yarn\) would be lost"),
+        ("mixtral", r"m\.gguf: .*(cannot be read|not read all)"),
+        ("qwen3-moe", r"m\.gguf: GGUF files of llama, qwen2, qwen3 are read right, .* qwen3moe"),
+        ("gemma2", r"m\.gguf: GGUF files of .* are read right, this one is of gemma2"),
+    ],
+)
+def test_a_gguf_file_that_would_become_another_model_is_refused(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        as_input(name, tmp_path)
+    assert not any((tmp_path / "storage").rglob("*.safetensors"))
