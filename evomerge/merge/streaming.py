@@ -34,7 +34,6 @@ from evomerge.merge.methods import (
     Pieces,
     Recall,
     has_overflow,
-    recall_nothing,
     weight_words,
     working_dtype,
 )
@@ -193,9 +192,10 @@ class _Worker:
         return _cut(entry, _Blended(KERNELS[ready.kernel], words, tuple(inputs)), 1)
 
     def _recall(self, entry: PlanEntry) -> Recall:
-        # What is made of the files for this recipe alone bears no name of its own.
+        # What is made of the files for this recipe alone bears no name of its own, and is
+        # remembered for this tensor only: one method may ask twice.
         if self._statistics is None or self._plan.makes_inputs(entry):
-            return recall_nothing
+            return Statistics().of(entry.name)
         return self._statistics.of(entry.inputs)
 
     def _write(self, piece: _Piece) -> int:

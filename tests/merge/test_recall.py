@@ -96,3 +96,27 @@ def test_candidates_by_disk_share_their_statistics_and_are_the_same_models(
         name = "model.safetensors"
         assert (shared / name).read_bytes() == (alone / name).read_bytes()
     assert calls == len(tiny.read_tensors(base))
+
+
+def test_a_merge_on_its_own_counts_the_digits_of_a_difference_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breadcrumbs asks for two thresholds of each difference, from one histogram."""
+    base = tiny.llama(tmp_path / "base", layers=1, hidden=64)
+    tuned = tiny.variant(base, tmp_path / "tuned", seed=1)
+    mapping = {
+        "merge_method": "breadcrumbs",
+        "base_model": str(base),
+        "models": [{"model": str(tuned)}],
+        "parameters": {"weight": 1.0, "density": 0.5, "gamma": 0.1},
+    }
+    counted: list[int] = []
+    count_digits = statistics.leading_digits
+
+    def counting(values: statistics.Values, count: int) -> statistics.Histogram:
+        counted.append(count)
+        return count_digits(values, count)
+
+    monkeypatch.setattr(statistics, "leading_digits", counting)
+    materialize(recipe_from_mapping(mapping, "test"), tmp_path / "out")
+    assert len(counted) == len(tiny.read_tensors(base))
