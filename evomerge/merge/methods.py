@@ -1194,7 +1194,7 @@ def has_overflow(tensor: Tensor) -> bool:
         tensor = tensor.half()  # torch has neither sum nor aminmax of 8-bit floats
     # No sum with a NaN or an infinity is finite, and a sum takes a third of aminmax's time; a sum
     # of large numbers may overflow by itself. (isfinite of all of them: 20 times aminmax.)
-    if bool(torch.isfinite(tensor.sum())):
+    if math.isfinite(tensor.sum().item()):
         return False
     low, high = torch.aminmax(tensor)
     return not bool(torch.isfinite(low) & torch.isfinite(high))

@@ -40,9 +40,9 @@ from evomerge.merge.methods import (
 from evomerge.merge.plan import MergePlan, PlanEntry
 from evomerge.merge.recall import Statistics
 
-# Large enough that the calls of a piece are a tenth of its time, small enough that its temporaries
-# stay in the caches.
-PIECE_ELEMENTS = 1 << 17
+# Large enough that the calls of a piece are a small part of its time, small enough that its
+# temporaries stay in the caches: half of it takes 3 to 20 % more time, twice as much 25 %.
+PIECE_ELEMENTS = 1 << 18
 # Between two calls of torch a worker holds the interpreter; more than these would queue for it.
 MOST_WORKERS = 8
 
@@ -161,7 +161,8 @@ class _Worker:
         self._checkpoints = checkpoints
         self._files = files
         self._output = output
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}  # bytes by purpose, and the last vector of each
+        self._last: dict[str, Tensor] = {}
 
     def run(self, work: _Work) -> None:
         torch.set_num_threads(1)  # of this thread: the other cores have workers of their own
@@ -223,10 +224,14 @@ class _Worker:
 
     def _reused(self, purpose: str, dtype: torch.dtype, size: int) -> Tensor:
         """A vector of any content, valid until this is asked for the same purpose again."""
+        last = self._last.get(purpose)
+        if last is not None and last.dtype == dtype and len(last) == size:
+            return last
         needed = size * dtype.itemsize
         if purpose not in self._memory or len(self._memory[purpose]) < needed:
             self._memory[purpose] = torch.empty(needed, dtype=torch.uint8)
-        return self._memory[purpose][:needed].view(dtype)
+        self._last[purpose] = self._memory[purpose][:needed].view(dtype)
+        return self._last[purpose]
 
 
 def _cut(entry: PlanEntry, ready: _Blended | Pieces, step: int) -> list[_Piece]:
