@@ -73,6 +73,7 @@ class TransformersEngine(PlanningEngine):
         start = time.perf_counter()
         plan = self.plan(recipe)
         live = self.config.load == "live" and self.obstacle(plan) is None
+        self._version = "in between"  # what a load that fails leaves is no candidate's model
         if live:
             if self._is_from_disk:  # that one has its own layers and ties
                 self.model, self._is_from_disk = self._open(self.config.model), False
