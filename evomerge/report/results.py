@@ -170,11 +170,12 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
 def _summary(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
     study = begun["study"]
     models = ", ".join(f"`{name}`" for name in study["models"])
+    space = study["genome"] if study.get("genome") else study["search_space"]
     best = status["best"]
     winner = f"trial {best['number']}" if best["source"] == "trial" else f"the {best['source']}"
     failed = sum(trial["state"] == "failed" for trial in status["trials"])
     lines = [
-        f"{study['search_space']['merge_method']} of {models} over `{study['base_model']}`, "
+        f"{space['merge_method']} of {models} over `{study['base_model']}`, "
         f"{len(status['trials'])} trials ({failed} failed) in generations of "
         f"{begun['population']}, seed {study['sampler']['seed']}.",
         f"The winner is {winner}.",
