@@ -244,6 +244,16 @@ def test_a_linear_search_may_have_the_base_among_its_models(models: Path, here: 
     assert read_recipe(best).model_names() == (str(models / "base"), str(models / "expert"))
 
 
+def test_a_genome_of_mergekit_evolve_is_searched_to_its_report(here: Path) -> None:
+    own = {key: STUDY[key] for key in STUDY if key not in {"base_model", "models", "search_space"}}
+    genome = {"models": ["expert"], "base_model": "base", "merge_method": "task_arithmetic"}
+    (here / "study.yaml").write_text(yaml.safe_dump({**own, "genome": genome}))
+    ran = run("search", "study.yaml", "--storage", "storage")
+    assert ran.status == 0, ran.err
+    report = (here / "storage" / "studies" / "tiny" / "report.md").read_text()
+    assert "task_arithmetic of `expert` over `base`" in report
+
+
 def test_studies_are_listed(finished: Finished, tmp_path: Path) -> None:
     assert "tiny" in run("status", "--storage", finished.storage).out
     listed = json.loads(run("status", "--storage", finished.storage, "--json").out)
@@ -498,6 +508,17 @@ def test_a_bad_recipe_ends_with_one_message_and_leaves_nothing(case: str, here: 
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("error: ")
     assert [word for word in words if word not in ran.err] == []
+    assert tree(here) == before
+
+
+def test_an_output_never_replaces_a_model_that_an_adapter_is_applied_to(here: Path) -> None:
+    assert run("extract-lora", "expert", "base", "lora", "--rank", "2").status == 0
+    shutil.copytree(here / "base", here / "mine")
+    recipe(slices=None, models=[{"model": "mine+lora"}], base_model="expert")(here)
+    before = tree(here)
+    ran = run("merge", "recipe.yaml", "mine", "--overwrite")
+    assert (ran.status, ran.out) == (2, "")
+    assert "mine, which goes into the merge" in ran.err
     assert tree(here) == before
 
 

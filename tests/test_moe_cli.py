@@ -50,6 +50,17 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(here: Path) -> None:
     assert run("moe", "moe.yaml", "out", "--overwrite").status == 0
 
 
+def test_a_mixture_never_replaces_a_model_that_an_adapter_is_applied_to(here: Path) -> None:
+    assert run("extract-lora", "expert", "base", "lora", "--rank", "2").status == 0
+    experts = [{"source_model": "base+lora"}, {"source_model": "expert"}]
+    config = {"base_model": "expert", "gate_mode": "random", "experts": experts}
+    (here / "moe.yaml").write_text(yaml.safe_dump(config))
+    ran = run("moe", "moe.yaml", "base", "--overwrite")
+    assert ran.status == 2
+    assert "base, which goes into the merge" in ran.err
+    assert (here / "base" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -95,6 +95,12 @@ class InputModels:
         hub = [part for part in parts if not self._is_local(part) and HUB_NAME.fullmatch(part)]
         return tuple(part.partition("@")[0] for part in hub)
 
+    def local_paths(self, reference: str) -> tuple[Path, ...]:
+        """The folders and files of this machine that a reference names: model, adapter."""
+        is_plain = self._is_local(reference) or "+" not in reference
+        parts = (reference,) if is_plain else self._split(reference)
+        return tuple(self._path(part) for part in parts if self._is_local(part))
+
     def _is_local(self, reference: str) -> bool:
         return self._path(reference).exists()
 

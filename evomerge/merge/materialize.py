@@ -104,17 +104,17 @@ def merged_tensors(
 
 
 def refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:
-    """Raises ConfigError where `directory` is, holds or lies in one of the folders that go in.
+    """Raises ConfigError where `directory` is, holds or lies in one of the inputs: folders, files.
 
     Links are followed, those to an input's files too.
     """
     output = directory.resolve()
-    for folder in inputs:
-        if folder.resolve() in output.parents:
+    for named in inputs:
+        if named.resolve() in output.parents:
             raise ConfigError(
-                f"{directory}: lies in {folder}, which goes into the merge; choose another folder"
+                f"{directory}: lies in {named}, which goes into the merge; choose another folder"
             )
-        for path in (folder, *folder.iterdir()):
+        for path in (named, *(named.iterdir() if named.is_dir() else ())):
             source = path.resolve()
             if output == source or output in source.parents:
                 raise ConfigError(

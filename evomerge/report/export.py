@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evomerge.merge.inputs import InputModels
-from evomerge.merge.materialize import RECIPE_FILE, materialize
+from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_as_output
 from evomerge.merge.plan import open_checkpoints
 from evomerge.merge.streaming import Progress
 from evomerge.merge.vocabulary import tokenizer_notes
@@ -28,6 +28,9 @@ def merge_recipe(
 
     Raises ConfigError before any work where recipe, models or `out` do not allow it.
     """
+    # What a reference is made of, too: an applied adapter and its model lie in another folder.
+    named = [path for name in recipe.references() for path in inputs.local_paths(name)]
+    refuse_inputs_as_output(out.absolute(), named)
     folders = {name: str(inputs.resolve(name)) for name in recipe.references()}
     known = {folder: CardModel(name, inputs.hub_ids(name)) for name, folder in folders.items()}
     resolved = recipe.with_models(folders)

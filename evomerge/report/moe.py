@@ -12,6 +12,7 @@ from evomerge.engine.tokenizer import Tokenizer
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
+from evomerge.merge.materialize import refuse_inputs_as_output
 from evomerge.merge.moe import MOE_CONFIG_FILE, check_moe, gated_experts, materialize_moe
 from evomerge.merge.streaming import Progress
 from evomerge.moe_config import MoEConfig
@@ -45,8 +46,11 @@ def build_moe(
     ConfigError before any work where configuration, models or `out` do not allow it.
     """
     names = config.model_names()
-    folders = {name: str(inputs.resolve(name)) for name in names}
     source = config.tokenizer_model
+    wanted = (*names, source) if source else names
+    named = [path for name in wanted for path in inputs.local_paths(name)]
+    refuse_inputs_as_output(out.absolute(), named)
+    folders = {name: str(inputs.resolve(name)) for name in names}
     tokenizer = None if source is None else inputs.resolve(source)
     resolved = config.with_models({**folders, **({source: str(tokenizer)} if source else {})})
     checkpoints = {folder: Checkpoint.open(Path(folder)) for folder in folders.values()}

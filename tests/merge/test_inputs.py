@@ -408,3 +408,12 @@ def hub(
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_the_local_paths_of_a_reference_are_its_models_and_its_adapters(
+    model: Path, tmp_path: Path
+) -> None:
+    inputs = InputModels(tmp_path / "storage", folder=model.parent)
+    lora = write_adapter(tmp_path / "lora", seed=1)
+    assert inputs.local_paths(f"base+{lora}") == (model, lora)
+    assert inputs.local_paths("owner/name+owner/adapter") == ()
