@@ -48,6 +48,14 @@ StorageOption = Annotated[
         help=f"Where studies are kept; else ${STORAGE_VARIABLE}, else ./{DEFAULT_STORAGE}.",
     ),
 ]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where models with applied adapters and read GGUF files are kept; "
+        f"else ${STORAGE_VARIABLE}, else ./{DEFAULT_STORAGE}.",
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there already.")
 ]
@@ -237,7 +245,7 @@ def merge(
         int, typer.Option(metavar="N", help="For methods that draw at random (dare, della).")
     ] = 0,
     lenient: LenientOption = False,
-    storage: StorageOption = None,
+    storage: InputsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Merge models as a mergekit YAML says, into a complete model folder."""
@@ -274,13 +282,13 @@ def moe(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     *,
-    seed: Annotated[int, typer.Option(help="For random gates and noise.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="For random gates and noise.")] = 0,
     max_shard_size: ShardSizeOption = "5GB",
     lenient: Annotated[
         bool,
         typer.Option("--lenient", help="Warn of unknown keys and of equal experts, and go on."),
     ] = False,
-    storage: StorageOption = None,
+    storage: InputsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a mixture of experts from dense models, as a complete model folder."""
@@ -355,7 +363,7 @@ def extract(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.")
     ] = "float32",
-    storage: StorageOption = None,
+    storage: InputsOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -468,7 +476,8 @@ def _mistakes_of(recipe: Path) -> Iterator[None]:
     except OutputExistsError:
         raise
     except (ConfigError, CandidateError) as error:
-        raise ConfigError(f"{recipe}: {error}") from error
+        lines = str(error).splitlines()
+        raise ConfigError("\n".join(f"{recipe}: {line}" for line in lines)) from error
 
 
 def _refuse_input(out: Path, *references: str) -> None:

@@ -318,6 +318,26 @@ class Recipe(_Strict):
         """Every model that has to be found: those that are merged, then the tokenizer's."""
         return tuple(dict.fromkeys([*self.model_names(), *self.tokenizer_models()]))
 
+    def places(self) -> dict[str, str]:
+        """The key under which each of `references` stands first, as "models.0.model"."""
+        named: dict[str, str] = {}
+        if self.base_model:
+            named[self.base_model] = "base_model"
+        for place, body in self.bodies():
+            for index, model in enumerate(body.models or ()):
+                named.setdefault(model.model, f"{place}models.{index}.model")
+            for index, part in enumerate(body.slices or ()):
+                if part.base_model:
+                    named.setdefault(part.base_model, f"{place}slices.{index}.base_model")
+                for number, source in enumerate(part.sources):
+                    where = f"{place}slices.{index}.sources.{number}.model"
+                    named.setdefault(source.model, where)
+        if self.tokenizer_source:
+            named.setdefault(self.tokenizer_source, TOKENIZER_PLACES[0])
+        if self.tokenizer:
+            named.setdefault(self.tokenizer.source, TOKENIZER_PLACES[1])
+        return {name: named.get(name, "tokenizer.tokens") for name in self.references()}
+
     def with_models(self, names: Mapping[str, str]) -> Recipe:
         """The same recipe with models renamed; names that are no key stay as they are."""
         mapping = self.to_mapping()
@@ -339,6 +359,8 @@ class Recipe(_Strict):
         )
 
 
+# The keys of the output's tokenizer, under which a word may stand in place of a model.
+TOKENIZER_PLACES = ("tokenizer_source", "tokenizer.source")
 # Words in the place of a model's name that name none.
 _NO_MODELS = ("base", "union")
 

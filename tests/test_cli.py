@@ -488,7 +488,7 @@ BAD_RECIPES: dict[str, tuple[Break, list[str]]] = {
     ),
     "a model that is nowhere": (
         recipe(base_model="none", slices=None, models=[{"model": "base"}]),
-        ["recipe.yaml: none", "neither a folder", "owner/name"],
+        [": none: this model is neither a folder", "neither a folder", "owner/name"],
     ),
     "output folder taken": (
         lambda folder: shutil.copytree(folder / "base", folder / "out"),
@@ -519,6 +519,26 @@ def test_an_output_never_replaces_a_model_that_an_adapter_is_applied_to(here: Pa
     ran = run("merge", "recipe.yaml", "mine", "--overwrite")
     assert (ran.status, ran.out) == (2, "")
     assert "mine, which goes into the merge" in ran.err
+    assert tree(here) == before
+
+
+def test_models_that_are_not_there_are_told_at_once_with_their_keys(here: Path) -> None:
+    recipe(
+        slices=None,
+        models=[{"model": "nowhere/at/all", "parameters": {"weight": 1}}],
+        base_model="lost.gguf",
+        tokenizer_source="unoin",
+    )(here)
+    before = tree(here)
+    ran = run("merge", "recipe.yaml", "out")
+    assert (ran.status, ran.out) == (2, "")
+    lines = ran.err.splitlines()
+    assert [line.split(": ")[:4] for line in lines] == [
+        ["error", "recipe.yaml", "base_model", "lost.gguf"],
+        ["recipe.yaml", "models.0.model", "nowhere/at/all", lines[1].split(": ")[3]],
+        ["recipe.yaml", "tokenizer_source", "unoin", lines[2].split(": ")[3]],
+    ]
+    assert lines[2].endswith("(or write base or union)")
     assert tree(here) == before
 
 

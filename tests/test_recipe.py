@@ -492,3 +492,24 @@ def test_a_module_is_what_it_holds_with_parameters_of_its_own() -> None:
     ((place, body),) = recipe.bodies()
     assert (place, body.parameters) == ("modules.default.", {"weight": 0.25})
     assert recipe_from_mapping(recipe.to_mapping(), "again") == recipe
+
+
+def test_every_model_is_named_by_the_key_where_it_stands_first() -> None:
+    recipe = recipe_from_mapping(
+        {
+            "merge_method": "linear",
+            "slices": [
+                {"sources": [{"model": "a", "layer_range": [0, 1]}]},
+                {"sources": [{"model": name, "layer_range": [0, 1]} for name in ("a", "b")]},
+            ],
+            "tokenizer": {"source": "c", "tokens": {"x": {"source": "d"}}},
+            "parameters": {"weight": 1},
+        },
+        "recipe.yaml",
+    )
+    assert recipe.places() == {
+        "a": "slices.0.sources.0.model",
+        "b": "slices.1.sources.1.model",
+        "c": "tokenizer.source",
+        "d": "tokenizer.tokens",
+    }

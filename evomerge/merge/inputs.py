@@ -167,7 +167,8 @@ class InputModels:
         return kept
 
     def _snapshot(self, reference: str, what: str) -> Path:
-        if not HUB_NAME.fullmatch(reference):
+        is_file = reference.endswith((".gguf", ".safetensors"))
+        if is_file or not HUB_NAME.fullmatch(reference):
             raise ConfigError(
                 f"{reference}: this {what} is neither a folder ({self._path(reference)} does not "
                 "exist) nor a hub name (owner/name or owner/name@revision)"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evomerge.errors import ConfigError
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_as_output
 from evomerge.merge.plan import open_checkpoints
 from evomerge.merge.streaming import Progress
 from evomerge.merge.vocabulary import tokenizer_notes
-from evomerge.recipe import Recipe
+from evomerge.recipe import TOKENIZER_PLACES, Recipe
 from evomerge.report.card import CardModel, model_card
 
 
@@ -31,7 +32,7 @@ def merge_recipe(
     # What a reference is made of, too: an applied adapter and its model lie in another folder.
     named = [path for name in recipe.references() for path in inputs.local_paths(name)]
     refuse_inputs_as_output(out.absolute(), named)
-    folders = {name: str(inputs.resolve(name)) for name in recipe.references()}
+    folders = _folders(recipe, inputs)
     known = {folder: CardModel(name, inputs.hub_ids(name)) for name, folder in folders.items()}
     resolved = recipe.with_models(folders)
     checkpoints = open_checkpoints(resolved)
@@ -48,3 +49,18 @@ def merge_recipe(
         seed=seed,
         progress=progress,
     )
+
+
+def _folders(recipe: Recipe, inputs: InputModels) -> dict[str, str]:
+    """The folder of every model; all that are not to be had are told at once, with their keys."""
+    folders: dict[str, str] = {}
+    mistakes: list[str] = []
+    for name, place in recipe.places().items():
+        try:
+            folders[name] = str(inputs.resolve(name))
+        except ConfigError as error:
+            hint = " (or write base or union)" if place in TOKENIZER_PLACES else ""
+            mistakes.append(f"{place}: {error}{hint}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return folders

@@ -40,11 +40,10 @@ class MergeDisplay:
             self._bar.stop()
         if kind is None:
             seconds = time.monotonic() - self._began
-            print(
-                f"{self._done / 1e9:.2f} GB in {seconds:.1f} s: "
-                f"{self._done / 1e9 / seconds:.2f} GB/s",
-                file=self._stream,
-            )
+            unit, size = ("GB", 1e9) if self._done >= 1e9 else ("MB", 1e6)
+            done = self._done / size
+            rate = f"{done / seconds:.2f} {unit}/s"
+            print(f"{done:.2f} {unit} in {seconds:.1f} s: {rate}", file=self._stream)
 
     def __call__(self, done: int, total: int) -> None:
         """Shows that `done` of `total` bytes are written."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from evomerge.errors import ConfigError
 from evomerge.merge.inputs import InputModels
-from evomerge.merge.materialize import RECIPE_FILE, materialize
+from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_as_output
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
 from evomerge.report.table import Row, outcome_markdown, outcome_rows, score_text
@@ -58,7 +58,12 @@ def export_model(
 ) -> Path:
     """Writes the model of a study's trial (None: the winner, else the best) to the folder `out`."""
     recipe = trial_recipe(storage, name, number)
-    models = _known_models(storage, _begun(storage, name))
+    begun = _begun(storage, name)
+    models = _known_models(storage, begun)
+    # What the study names, too: an applied adapter and its model lie in another folder.
+    inputs = InputModels(storage, Path(begun["folder"]))
+    named = [path for model in models.values() for path in inputs.local_paths(model.written)]
+    refuse_inputs_as_output(out.absolute(), named)
     card = model_card(title or out.name, recipe, models, _origin(storage, name, number))
     return materialize(recipe, out, extra_files={"README.md": card}, overwrite=overwrite)
 
