@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,12 +43,15 @@ class EngineEvaluator:
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     by_disk_is_news: bool = True
 
-    def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
-        """What the model of `recipe` makes of the tasks, in their order.
+    def begin(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
+        """What the model of `recipe` makes of the tasks, in their order (`Evaluator.begin`).
 
         Raises CandidateError where the recipe has no model, EngineDiedError where the engine is
         gone.
         """
+        assert attempt == 0, "answers of a suite are not repeated yet"
         start = time.perf_counter()
         candidate = self.engine.load(recipe)
         loaded = time.perf_counter()
@@ -61,7 +65,14 @@ class EngineEvaluator:
         self.split.switching += loaded - start
         self.split.generation += generation
         self.split.scoring += end - loaded - generation
-        return results
+        return finished(results)
+
+
+def finished(results: list[TaskResult]) -> Future[list[TaskResult]]:
+    """A future that holds `results` already."""
+    future: Future[list[TaskResult]] = Future()
+    future.set_result(results)
+    return future
 
 
 @contextmanager

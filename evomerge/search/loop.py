@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -72,11 +73,16 @@ class _EngineKilledError(CandidateError):
 class Evaluator(Protocol):
     """Who measures candidates."""
 
-    def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+    def begin(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
         """What the model of `recipe` makes of the tasks, in their order, in one unit.
 
-        Raises CandidateError for a failure of the candidate's own, EngineDiedError where the
-        engine must be opened again; anything else stops the run.
+        On return all answers are written and the engine is free; the future holds the results once
+        they are graded. `attempt` counts from 0; wanted repetitions (1, 2, …) are sampled.
+        Raises CandidateError for a failure of the candidate's own (or the future does),
+        EngineDiedError where the engine must be opened again, RunError where the run must stop (or
+        the future does: a judge that cannot be reached).
         """
 
 
@@ -168,38 +174,44 @@ class _Bench:
         """From here on `watch` is told where the time of evaluations goes."""
         self._watch = watch
 
-    def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
-        """`Evaluator.evaluate`, with one more attempt on a new engine where the first one dies.
+    def begin(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
+        """`Evaluator.begin`, once more on a new engine where the first one dies.
 
         Raises RunError where the engine cannot be opened again.
         """
         before = replace(self._split)
         try:
-            return self._attempt(recipe, task_ids)
+            return self._attempt(recipe, task_ids, attempt)
         finally:
             self._watch.add("engine", self._split.engine_start - before.engine_start)
             self._watch.add("switch", self._split.switching - before.switching)
             self._watch.add("generate", self._split.generation - before.generation)
             self._watch.add("score", self._split.scoring - before.scoring)
 
-    def _attempt(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+    def _attempt(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
         # Only the words of an engine's death outlive their handler: its traceback holds the dead
         # engine, and with it memory of a GPU that the next engine needs.
         try:
-            return self._evaluate(recipe, task_ids)
+            return self._begin(recipe, task_ids, attempt)
         except EngineDiedError as error:
             died_of = str(error)
         self._restart(died_of)
         try:
-            return self._evaluate(recipe, task_ids)
+            return self._begin(recipe, task_ids, attempt)
         except EngineDiedError as error:
             died_of = str(error)
         self._restart(died_of)
         raise _EngineKilledError(f"the engine died twice of it: {died_of}")
 
-    def _evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+    def _begin(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
         assert self._evaluator is not None
-        return self._evaluator.evaluate(recipe, task_ids)
+        return self._evaluator.begin(recipe, task_ids, attempt)
 
     def _restart(self, died_of: str) -> None:
         self._report(Said(f"the engine died ({died_of}); starting it again"))
@@ -382,7 +394,7 @@ class _Search:
         before = best_trial(self._history)
         try:
             recipe = origin if isinstance(origin, Recipe) else self._study.space.decode(origin)
-            results = self._bench.evaluate(recipe, [task.id for task in tasks])
+            results = self._bench.begin(recipe, [task.id for task in tasks], attempt=0).result()
             score = _score(tasks, results)
         except CandidateError as error:
             killed = isinstance(error, _EngineKilledError)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
 from evomerge.evaluate.suite import TaskResult
 from evomerge.recipe import Recipe
-from evomerge.search.evaluator import TimeSplit
+from evomerge.search.evaluator import TimeSplit, finished
 from evomerge.search.loop import OpenEvaluator, run_search
 from evomerge.search.resolve import ResolvedStudy
 from evomerge.search.story import Started, Story
@@ -54,7 +55,9 @@ class FormulaEvaluator:
     grade: Callable[[Recipe, str], float | None] = formula_grade
     fails: Callable[[Recipe], Exception | None] = lambda recipe: None
 
-    def evaluate(self, recipe: Recipe, task_ids: Sequence[str]) -> list[TaskResult]:
+    def begin(
+        self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+    ) -> Future[list[TaskResult]]:
         error = self.fails(recipe)
         if error is not None:
             raise error
@@ -75,7 +78,7 @@ class FormulaEvaluator:
             )
         if self.split is not None:
             self.split.generation += time.perf_counter() - started
-        return results
+        return finished(results)
 
 
 def opener(

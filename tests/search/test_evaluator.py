@@ -55,7 +55,7 @@ def test_that_candidates_go_by_disk_is_said_once(by_disk_is_news: bool, times: i
         DiskEngine(), SUITE, say=told.append, by_disk_is_news=by_disk_is_news
     )
     for model in ("live", "deep", "live", "deeper"):
-        (result,) = evaluator.evaluate(plain_recipe(model, "float32"), ["a"])
+        (result,) = evaluator.begin(plain_recipe(model, "float32"), ["a"], 0).result()
         assert result.grade == 1.0
     assert told == times * [
         "candidates go by disk, which takes longer than a live switch: "
