@@ -38,14 +38,16 @@ ROOMS: dict[str, set[str]] = {
 # Each big library, and the files that may know it.
 LIBRARIES: dict[str, set[str]] = {
     "cma": {"search/samplers.py"},
+    "cmaes": {"search/samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
     "huggingface_hub": {"merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
-    "optuna": {"search/mirror.py"},
+    "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
     "pandas": set(),
     "peft": set(),
     "rich": {"cli.py", "report/merge_display.py", "report/progress.py", "report/table.py"},
     "safetensors": {"merge/checkpoint.py"},
+    "scipy": {"search/optuna_samplers.py"},
     "sqlalchemy": {"database.py", "evaluate/ledger.py", "search/log.py"},
     "torch": {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),

@@ -11,10 +11,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from cmaes import XNES
 
 from evomerge.space import Genome
 
@@ -22,6 +23,9 @@ with warnings.catch_warnings():
     # cma says at import that it has no matplotlib, which its plots alone would need.
     warnings.simplefilter("ignore", UserWarning)
     import cma
+
+
+SamplerName: TypeAlias = Literal["auto", "cma-es", "xnes", "gp", "tpe", "random", "quasi-random"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,60 @@ class Told:
 class Sampler(Protocol):
     """What the search asks and tells."""
 
+    @property
+    def mean(self) -> Genome | None:
+        """The middle of the distribution that candidates are drawn from now, in the genes' units.
+
+        None where the sampler has no such thing.
+        """
+
     def propose(self, number: int) -> Genome:
         """The genome of candidate `number`, float64 of shape (genes,)."""
 
     def tell(self, block: Sequence[Told]) -> None:
         """Learns from a whole generation, in the order of its numbers."""
+
+
+def make_sampler(
+    name: SamplerName,
+    *,
+    start: Genome,
+    sigma0: float,
+    population: int,
+    seed: int,
+    scaling: Scaling | None,
+    low: Genome,
+    high: Genome,
+) -> Sampler:
+    """The sampler of this name, told nothing yet.
+
+    `start` (genes,) is where it begins and `low`, `high` (genes,) are the bounds, in the genes' own
+    units; `sigma0` is the first step after `scaling` (None: all steps are 1); whole blocks of
+    `population` candidates are told. cma-es and xnes draw beyond the bounds, who decodes clips; the
+    others stay inside, do not look at `sigma0`, and propose `start` first (random ones do not).
+    """
+    scaling = scaling or Scaling.none(len(start))
+    strategies: dict[str, type[CmaEs | Xnes]] = {"auto": Xnes, "xnes": Xnes, "cma-es": CmaEs}
+    if name in strategies:
+        strategy = strategies[name]
+        return strategy(
+            start=start, sigma0=sigma0, population=population, seed=seed, scaling=scaling
+        )
+    # Only here: Optuna is slow to import, and its mirror is the only other reader of it.
+    from evomerge.search.optuna_samplers import OptunaSampler, QuasiRandom
+
+    if name == "quasi-random":
+        return QuasiRandom(seed=seed, scaling=scaling, low=low, high=high)
+    assert name in ("gp", "tpe", "random")
+    return OptunaSampler(
+        name,
+        start=start,
+        population=population,
+        seed=seed,
+        scaling=scaling,
+        low=low,
+        high=high,
+    )
 
 
 # e^±200 is beyond any number of a merge, and far from where float64 ends.
@@ -117,6 +170,12 @@ class CmaEs:
             },
         )
 
+    @property
+    def mean(self) -> Genome:
+        """The middle of the distribution, in the genes' units, shape (genes,)."""
+        middle = np.array(self._strategy.mean[: self._dimension], dtype=np.float64)
+        return self._scaling.genome(middle)
+
     def propose(self, number: int) -> Genome:
         """The genome of candidate `number`, float64 of shape (genes,)."""
         return self._scaling.genome(self._draw(number)[: self._dimension])
@@ -145,6 +204,70 @@ class CmaEs:
         return drawn
 
 
+class Xnes:
+    """Exponential natural evolution strategy by the package cmaes: no bounds, no step-size path.
+
+    Source: Glasmachers et al. 2010, doi:10.1145/1830483.1830557. Genomes come out as drawn: who
+    decodes them clips.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: Genome,
+        sigma0: float,
+        population: int,
+        seed: int,
+        scaling: Scaling | None = None,
+    ) -> None:
+        """As `CmaEs`."""
+        self._dimension = len(start)
+        self._scaling = scaling or Scaling.none(len(start))
+        self._seed = seed
+        self._strategy = XNES(
+            mean=_padded(self._scaling.place(start)),
+            sigma=sigma0,
+            population_size=population,
+            seed=0,
+        )
+
+    @property
+    def mean(self) -> Genome:
+        """The middle of the distribution, in the genes' units, shape (genes,)."""
+        # The package keeps it under this name alone; a test holds that it is the mean.
+        return self._scaling.genome(self._strategy._mean[: self._dimension].copy())
+
+    def propose(self, number: int) -> Genome:
+        """The genome of candidate `number`, float64 of shape (genes,)."""
+        return self._scaling.genome(self._draw(number)[: self._dimension])
+
+    def tell(self, block: Sequence[Told]) -> None:
+        """Learns from a whole generation, in the order of its numbers."""
+        # Minus: cmaes minimises.
+        self._strategy.tell([(self._drawn(told), -told.value) for told in block])
+
+    def _draw(self, number: int) -> Genome:
+        self._strategy.reseed_rng(hashed_seed(self._seed, number))
+        drawn = np.asarray(self._strategy.ask(), dtype=np.float64)
+        assert np.isfinite(drawn).all(), f"XNES drew {drawn} for candidate {number}"
+        return drawn
+
+    def _drawn(self, told: Told) -> Genome:
+        place = self._scaling.place(told.genome)
+        if self._dimension > 1:
+            return place
+        return np.append(place, self._draw(told.number)[1])
+
+
+def hashed_seed(seed: int, number: int) -> int:
+    """A seed in [0, 2³²) that is a function of (seed, number) alone."""
+    return int.from_bytes(_digest(seed, number)[:4], "little")
+
+
+def _digest(seed: int, number: int) -> bytes:
+    return hashlib.sha256(f"evomerge candidate {seed} {number}".encode()).digest()
+
+
 class _ReseededRandom:
     """Normal numbers from a generator that is set anew before each draw.
 
@@ -156,8 +279,7 @@ class _ReseededRandom:
 
     def reseed(self, seed: int, number: int) -> None:
         """From here on the numbers are a function of (seed, number)."""
-        digest = hashlib.sha256(f"evomerge candidate {seed} {number}".encode()).digest()
-        self._state = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+        self._state = np.random.RandomState(np.frombuffer(_digest(seed, number), dtype="<u4"))
 
     def randn(self, *shape: int) -> Any:
         """Standard normal numbers of `shape`, as numpy.random.randn gives them."""
