@@ -15,11 +15,14 @@ class GenerationSettings:
     """How an answer is sampled.
 
     `temperature` 0 is greedy; a `stop` string ends an answer and is not part of it.
+    `repetition_penalty` divides the positive logits of tokens that stand in prompt or answer
+    already, and multiplies the negative ones (Keskar et al. 2019, arXiv:1909.05858, §4.1).
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -95,16 +98,35 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text of a chat (roles system, user, assistant) up to the response cue."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
+        """The prompt text of a chat (roles system, user, assistant), with the response cue or not.
+
+        By the Jinja text `template`, or by the model's own chat template. Raises ConfigError where
+        the template refuses the chat.
+        """
 
     @abstractmethod
     def has_chat_template(self) -> bool:
         """Whether `render` has a template to use."""
 
-    @abstractmethod
     def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
         """The number of tokens that `prompt` becomes."""
+        return len(self.encode([prompt], add_special_tokens=add_special_tokens)[0])
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """The token ids of each prompt."""
+
+    @property
+    @abstractmethod
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; None where the tokenizer has none."""
 
     @property
     @abstractmethod
@@ -113,9 +135,13 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
     ) -> list[Completion]:
-        """One completion per prompt, in the order of `prompts`."""
+        """One completion per prompt, in their order; `settings` for all, or one for each."""
 
     @abstractmethod
     def log_probabilities(

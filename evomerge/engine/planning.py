@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evomerge.engine.base import Engine, EngineConfig
+from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings
 from evomerge.engine.tokenizer import Tokenizer
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
@@ -76,21 +76,45 @@ class PlanningEngine(Engine):
     def supports(self, recipe: Recipe) -> str | None:
         return self.obstacle(self.plan(recipe))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self.tokenizer.render(messages)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
+        return self.tokenizer.render(messages, template=template, cue=cue)
 
     def has_chat_template(self) -> bool:
         return self.tokenizer.has_chat_template
 
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
 
     def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """The token ids of each prompt."""
         return [
             self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             for prompt in prompts
         ]
+
+
+def by_settings(
+    prompts: Sequence[str],
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    generate: Callable[[Sequence[str], GenerationSettings], Sequence[Completion]],
+) -> list[Completion]:
+    """One completion per prompt: `generate` is called once for all that are sampled alike."""
+    if isinstance(settings, GenerationSettings):
+        return list(generate(prompts, settings))
+    groups: dict[GenerationSettings, list[int]] = {}
+    for place, each in enumerate(settings):
+        groups.setdefault(each, []).append(place)
+    found: dict[int, Completion] = {}
+    for each, places in groups.items():
+        completions = generate([prompts[place] for place in places], each)
+        found.update(zip(places, completions, strict=True))
+    return [found[place] for place in range(len(prompts))]
 
 
 def _has_own_tokenizer(plan: MergePlan) -> bool:

@@ -28,19 +28,35 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.inner.chat_template)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text of a chat up to the response cue.
+    @property
+    def bos_token_id(self) -> int | None:
+        found: int | None = self.inner.bos_token_id
+        return found
 
-        Raises ConfigError where the model's chat template refuses it (a system message, often).
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
+        """The prompt text of a chat, with the response cue or not.
+
+        By the Jinja text `template`, or by the model's own chat template.
+
+        Raises ConfigError where the chat template refuses it (a system message, often).
         """
         plain = [dict(message) for message in messages]
         try:
-            text = self.inner.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+            text = self.inner.apply_chat_template(
+                plain, chat_template=template, tokenize=False, add_generation_prompt=cue
+            )
         except Exception as error:  # jinja2's, and whatever a template's own code runs into
             roles = ", ".join(message["role"] for message in plain)
+            whose = "its chat template" if template is None else "the suite's chat_template"
             raise ConfigError(
-                f"{self.directory}: its chat template refuses a chat of {roles}: {error}; change "
-                "`system:` or set `chat: false` in the suite"
+                f"{self.directory}: {whose} refuses a chat of {roles}: {error}; change "
+                "`system:`, `chat_template:` or `chat:` in the suite"
             ) from error
         return str(text)
 

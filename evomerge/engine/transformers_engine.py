@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import PlanningEngine, remove_candidate, write_candidate
+from evomerge.engine.planning import (
+    PlanningEngine,
+    by_settings,
+    remove_candidate,
+    write_candidate,
+)
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.kernels import compile_pays, merge_entry
 from evomerge.merge.methods import has_overflow
@@ -114,6 +119,19 @@ class TransformersEngine(PlanningEngine):
 
     @torch.inference_mode()
     def generate(
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
+    ) -> list[Completion]:
+        return by_settings(
+            prompts,
+            settings,
+            lambda some, alike: self._generate(some, alike, add_special_tokens=add_special_tokens),
+        )
+
+    def _generate(
         self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
     ) -> list[Completion]:
         completions: list[Completion] = []
@@ -134,6 +152,8 @@ class TransformersEngine(PlanningEngine):
         arguments: dict[str, Any] = {"max_new_tokens": settings.max_tokens, "do_sample": sampled}
         if sampled:
             arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.repetition_penalty != 1.0:
+            arguments["repetition_penalty"] = settings.repetition_penalty
         if settings.stop:
             stop = list(settings.stop)
             arguments |= {"stop_strings": stop, "tokenizer": self.tokenizer.inner}

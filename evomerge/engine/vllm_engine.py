@@ -105,17 +105,16 @@ class VLLMEngine(PlanningEngine):
         return int(str(limit))
 
     def generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
     ) -> list[Completion]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            stop=list(settings.stop),
-            seed=settings.seed,
-        )
+        if isinstance(settings, GenerationSettings):
+            sampling = sampling_params(settings)
+        else:
+            sampling = [sampling_params(one) for one in settings]
         outputs = self._run(prompts, sampling, add_special_tokens=add_special_tokens)
         return [self._completion(output) for output in outputs]
 
@@ -181,6 +180,20 @@ class VLLMEngine(PlanningEngine):
     def close(self) -> None:
         self._stop()
         remove_candidate(self.config.scratch)
+
+
+def sampling_params(settings: GenerationSettings) -> Any:
+    """The `vllm.SamplingParams` of these settings."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        stop=list(settings.stop),
+        seed=settings.seed,
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import PlanningEngine, update_message
+from evomerge.engine.planning import PlanningEngine, by_settings, update_message
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.recipe import Recipe
 
@@ -85,6 +85,19 @@ class VLLMServer(PlanningEngine):
         return int(self._listed["max_model_len"])
 
     def generate(
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
+    ) -> list[Completion]:
+        return by_settings(
+            prompts,
+            settings,
+            lambda some, alike: self._generate(some, alike, add_special_tokens=add_special_tokens),
+        )
+
+    def _generate(
         self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
     ) -> list[Completion]:
         choices = self._complete(
@@ -93,6 +106,7 @@ class VLLMServer(PlanningEngine):
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
             stop=list(settings.stop),
             seed=settings.seed,
             return_token_ids=True,

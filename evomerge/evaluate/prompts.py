@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from jinja2 import StrictUndefined, Template, TemplateError
@@ -10,6 +11,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evomerge.engine.base import Engine
 from evomerge.errors import ConfigError
+from evomerge.evaluate.task import Task
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How prompts become chats: `wanted` None means if there is a chat template.
+
+    `system` goes before the first turn; `template` is the Jinja text of a chat template to use in
+    place of the tokenizer's own (None).
+    """
+
+    wanted: bool | None = None
+    system: str | None = None
+    template: str | None = None
 
 
 def render_template(template: str, fields: Mapping[str, str], where: str) -> str:
@@ -25,23 +40,41 @@ def render_template(template: str, fields: Mapping[str, str], where: str) -> str
         raise ConfigError(f"{where}: prompt: {error} (the template may use: {known})") from error
 
 
-def messages(system: str | None, user: str) -> list[dict[str, str]]:
-    """The chat that asks `user`, after `system` where there is one."""
+def messages(system: str | None, turns: Sequence[str]) -> list[dict[str, str]]:
+    """The chat after `system` (where there is one) of what user and assistant say in turn."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": user}]
+    roles = ("user", "assistant")
+    said = [{"role": roles[place % 2], "content": text} for place, text in enumerate(turns)]
+    return [*first, *said]
 
 
-def uses_chat(engine: Engine, wanted: bool | None) -> bool:
-    """Whether prompts go through the chat template: as wanted, else if the tokenizer has one.
+def uses_chat(engine: Engine, chat: Chat) -> bool:
+    """Whether prompts go through a chat template: as wanted, else if there is one.
 
-    Raises ConfigError where a chat is wanted and the tokenizer has no template.
+    Raises ConfigError where a chat is wanted and there is no template.
     """
-    if wanted and not engine.has_chat_template():
+    if chat.template is not None:
+        return True
+    if chat.wanted and not engine.has_chat_template():
         raise ConfigError(
             "suite: chat: true, but the base model's tokenizer has no chat template; "
             "say chat: false, or give the tokenizer one"
         )
-    return engine.has_chat_template() if wanted is None else wanted
+    return engine.has_chat_template() if chat.wanted is None else chat.wanted
+
+
+def ask(engine: Engine, chat: Chat, task: Task, answers: Sequence[str] = ()) -> str:
+    """What the model reads for the turn of `task` that comes after `answers`.
+
+    Without a chat template the turns follow each other as they are, a line break between them.
+    """
+    users = (task.user, *task.turns)[: len(answers) + 1]
+    said = [text for pair in zip(users, answers, strict=False) for text in pair] + [users[-1]]
+    if uses_chat(engine, chat):
+        return engine.render(messages(chat.system, said), template=chat.template)
+    # A prompt ends with its cue and the answer follows at once; the next one begins a line.
+    spoken = "\n".join("".join(said[place : place + 2]) for place in range(0, len(said), 2))
+    return spoken if chat.system is None else f"{chat.system}\n{spoken}"
 
 
 @lru_cache(maxsize=64)

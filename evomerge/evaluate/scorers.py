@@ -7,20 +7,24 @@ import re
 import unicodedata
 from typing import Protocol
 
+from evomerge.evaluate.task import Task
+
 # A sign counts only where no digit stands before it: "7-3" holds 7 and 3, not 7 and -3.
 _NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 class Scorer(Protocol):
-    """Grades answers against references; higher is better."""
+    """Grades answers against references, in [low, high]; higher is better."""
 
     name: str
+    low: float
+    high: float
 
-    def objection(self, reference: str) -> str | None:
-        """Why no answer can be graded against `reference`; None where that is possible."""
+    def objection(self, task: Task) -> str | None:
+        """Why no answer to `task` can be graded; None where that is possible."""
 
-    def grade(self, answer: str, reference: str) -> float:
-        """The grade of `answer`, where `reference` is the right one."""
+    def grade(self, task: Task, answer: str) -> float:
+        """The grade of `answer` to `task`."""
 
 
 class ExactScorer:
@@ -30,12 +34,13 @@ class ExactScorer:
     """
 
     name = "exact"
+    low, high = 0.0, 1.0
 
-    def objection(self, reference: str) -> str | None:
-        return None if _normal(reference) else "the reference is empty"
+    def objection(self, task: Task) -> str | None:
+        return None if _normal(task.reference) else "the reference is empty"
 
-    def grade(self, answer: str, reference: str) -> float:
-        return float(_normal(answer) == _normal(reference))
+    def grade(self, task: Task, answer: str) -> float:
+        return float(_normal(answer) == _normal(task.reference))
 
 
 class NumericScorer:
@@ -45,12 +50,14 @@ class NumericScorer:
     """
 
     name = "numeric"
+    low, high = 0.0, 1.0
 
-    def objection(self, reference: str) -> str | None:
-        return None if last_number(reference) is not None else f"{reference!r} holds no number"
+    def objection(self, task: Task) -> str | None:
+        found = last_number(task.reference)
+        return None if found is not None else f"{task.reference!r} holds no number"
 
-    def grade(self, answer: str, reference: str) -> float:
-        given, right = last_number(answer), last_number(reference)
+    def grade(self, task: Task, answer: str) -> float:
+        given, right = last_number(answer), last_number(task.reference)
         if given is None or right is None:
             return 0.0
         return float(math.isclose(given, right, rel_tol=1e-6, abs_tol=1e-9))

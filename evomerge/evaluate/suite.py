@@ -5,20 +5,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from evomerge.engine.base import Completion, Engine, GenerationSettings
+from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
-from evomerge.evaluate.prompts import messages, render_template, uses_chat
+from evomerge.evaluate.prompts import Chat, ask, render_template, uses_chat
 from evomerge.evaluate.scorers import SCORERS, Scorer
+from evomerge.evaluate.task import ScorerGrade, Task, TaskResult
 from evomerge.resources import is_bare_name, locate
 from evomerge.strict_yaml import load_yaml
+
+__all__ = ["ScorerGrade", "Suite", "SuiteConfig", "Task", "TaskResult"]
+
+# The scorer that a language model behind a network stands for.
+JUDGE = "judge"
 
 _NAMED_AT_MOST = 5
 
@@ -29,12 +36,15 @@ class SuiteConfig(BaseModel):
     `data` is a JSONL file; `id`, `input`, `reference` and `category` name its columns. Without
     `id` the column "id" is taken where there is one, else the line's number; without `category`
     all tasks are of one. `prompt` is a jinja template that may use input, id and category.
-    `chat`: None means through the tokenizer's chat template if it has one.
+    `chat`: None means through the tokenizer's chat template if it has one. `scorer` is the name of
+    one, or a mapping of several to their weights: each is then scaled to [0, 1] by its range, and
+    the grade is their weighted mean. Repetitions of greedy answers are sampled with
+    `selection_temperature`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scorer: str = "exact"
+    scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
     data: str
     id: str | None = None
     input: str = "input"
@@ -46,42 +56,18 @@ class SuiteConfig(BaseModel):
     chat: bool | None = None
     stop: tuple[str, ...] = ()
     temperature: float = Field(default=0.0, ge=0.0)
+    selection_temperature: float = Field(default=0.7, gt=0.0)
 
     @field_validator("scorer")
     @classmethod
-    def _is_a_known_scorer(cls, name: str) -> str:
-        if name not in SCORERS:
-            raise ValueError(f"no scorer {name!r}{_nearest(name, SCORERS)}")
-        return name
-
-
-@dataclass(frozen=True)
-class Task:
-    """One prompt and its right answer; `user` is the suite's template filled with the input."""
-
-    id: str
-    input: str
-    reference: str
-    category: str
-    user: str
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What one candidate made of one task.
-
-    `prompt` is the text that the model read, chat template included; `finish_reason` "stop" or
-    "length"; `grade` None where the answer could not be scored; `seconds` this task's share of the
-    call that generated its unit; `version` the candidate that wrote the answer.
-    """
-
-    task_id: str
-    prompt: str
-    answer: str
-    finish_reason: str
-    grade: float | None
-    seconds: float
-    version: str
+    def _names_known_scorers(cls, scorer: str | Mapping[str, float]) -> str | Mapping[str, float]:
+        names = [scorer] if isinstance(scorer, str) else list(scorer)
+        if not names:
+            raise ValueError("a mapping of scorers needs at least one: {exact: 1.0}")
+        for name in names:
+            if name not in SCORERS and name != JUDGE:
+                raise ValueError(f"no scorer {name!r}{_nearest(name, [*SCORERS, JUDGE])}")
+        return scorer
 
 
 @dataclass(frozen=True)
@@ -92,26 +78,49 @@ class Suite:
     tasks: tuple[Task, ...]
 
     @property
-    def scorer(self) -> Scorer:
-        """The scorer that the configuration names."""
-        return SCORERS[self.config.scorer]
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each scorer, by its name: one alone has the weight 1."""
+        scorer = self.config.scorer
+        return {scorer: 1.0} if isinstance(scorer, str) else scorer
 
     @property
-    def settings(self) -> GenerationSettings:
-        """How answers are generated.
+    def scorers(self) -> Mapping[str, Scorer]:
+        """The scorers that need nothing but the answer, by name; others are graders (a judge)."""
+        return {name: SCORERS[name] for name in self.weights if name in SCORERS}
 
-        Sampled ones with a seed that is a function of `digest` alone: so a resumed search draws
-        what an unbroken one does, and candidates are compared with the same random numbers.
+    @property
+    def scorer_name(self) -> str:
+        """What grades are called that come from this suite: `exact`, `0.9 judge + 0.1 chrf`."""
+        scorer = self.config.scorer
+        if isinstance(scorer, str):
+            return scorer
+        return " + ".join(f"{weight:g} {name}" for name, weight in scorer.items())
+
+    @property
+    def chat(self) -> Chat:
+        """How prompts become chats."""
+        return Chat(self.config.chat, self.config.system)
+
+    def generation(self, task: Task, attempt: int = 0) -> GenerationSettings:
+        """How the answer to `task` is generated.
+
+        Sampled ones with a seed that is a function of `digest` and `attempt` alone: so a resumed
+        search draws what an unbroken one does, and candidates are compared with the same random
+        numbers. Where answers are greedy, attempts above 0 (wanted repetitions) are sampled with
+        `selection_temperature`.
         """
         config = self.config
+        temperature = config.temperature
+        if attempt and not temperature:
+            temperature = config.selection_temperature
         return GenerationSettings(
             max_tokens=config.max_tokens,
-            temperature=config.temperature,
+            temperature=temperature,
             stop=config.stop,
-            seed=int(self.digest[:8], 16) if config.temperature else None,
+            seed=_seed(self.digest, attempt) if temperature else None,
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of everything that can change a grade; the place of the file is not."""
         settings = self.config.model_dump(mode="json", exclude={"data"})
@@ -189,35 +198,15 @@ def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list
     return search, [task for task in tasks if task.id in held_out]
 
 
-def evaluate_tasks(engine: Engine, suite: Suite, tasks: Sequence[Task]) -> list[TaskResult]:
-    """Every task answered by the model that `engine` now is, and graded; one generate call."""
-    chat = uses_chat(engine, suite.config.chat)
-    prompts = prompt_texts(engine, suite, tasks)
-    started = time.perf_counter()
-    completions = engine.generate(prompts, suite.settings, add_special_tokens=not chat)
-    seconds = (time.perf_counter() - started) / max(len(tasks), 1)
-    return [
-        _result(suite.scorer, task, prompt, completion, seconds)
-        for task, prompt, completion in zip(tasks, prompts, completions, strict=True)
-    ]
-
-
-def prompt_texts(engine: Engine, suite: Suite, tasks: Sequence[Task]) -> list[str]:
-    """What the model reads for each task: its text, through the chat template if one is used."""
-    if uses_chat(engine, suite.config.chat):
-        return [engine.render(messages(suite.config.system, task.user)) for task in tasks]
-    before = "" if suite.config.system is None else suite.config.system + "\n"
-    return [before + task.user for task in tasks]
-
-
 def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) -> None:
     """Raises ConfigError naming the tasks whose prompt and answer do not fit the context."""
-    chat = uses_chat(engine, suite.config.chat)
+    add_special_tokens = not uses_chat(engine, suite.chat)
     allowed = engine.max_model_len - suite.config.max_tokens
+    prompts = {task.id: ask(engine, suite.chat, task) for task in tasks}
     too_long = [
-        (task.id, count)
-        for task, prompt in zip(tasks, prompt_texts(engine, suite, tasks), strict=True)
-        if (count := engine.count_tokens(prompt, add_special_tokens=not chat)) > allowed
+        (task_id, count)
+        for task_id, prompt in prompts.items()
+        if (count := engine.count_tokens(prompt, add_special_tokens=add_special_tokens)) > allowed
     ]
     if too_long:
         named = ", ".join(f"{task_id} ({count})" for task_id, count in too_long[:_NAMED_AT_MOST])
@@ -227,20 +216,6 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
             f"(max_model_len {engine.max_model_len} less max_tokens {suite.config.max_tokens}): "
             f"tasks {named}{more}; shorten them, lower max_tokens or raise engine.max_model_len"
         )
-
-
-def _result(
-    scorer: Scorer, task: Task, prompt: str, completion: Completion, seconds: float
-) -> TaskResult:
-    return TaskResult(
-        task_id=task.id,
-        prompt=prompt,
-        answer=completion.text,
-        finish_reason=completion.finish_reason,
-        grade=scorer.grade(completion.text, task.reference),
-        seconds=seconds,
-        version=completion.version,
-    )
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -271,10 +246,13 @@ def _task(
         "category": _text(row, config.category, "category", where) if config.category else "all",
     }
     reference = _text(row, config.reference, "reference", where)
-    objection = SCORERS[config.scorer].objection(reference)
-    if objection is not None:
-        raise ConfigError(f"{where}: {config.reference}: scorer {config.scorer}: {objection}")
-    return Task(reference=reference, user=render_template(config.prompt, fields, where), **fields)
+    user = render_template(config.prompt, fields, where)
+    task = Task(fields["id"], fields["input"], reference, fields["category"], user)
+    names = [config.scorer] if isinstance(config.scorer, str) else config.scorer
+    for name in names:
+        if name in SCORERS and (objection := SCORERS[name].objection(task)):
+            raise ConfigError(f"{where}: {config.reference}: scorer {name}: {objection}")
+    return task
 
 
 def _text(row: Mapping[str, object], column: str, key: str, where: str) -> str:
@@ -306,6 +284,12 @@ def _held_out_numbers(sizes: Mapping[str, int], share: float) -> dict[str, int]:
     return numbers
 
 
+def _seed(digest: str, attempt: int) -> int:
+    """32 bits out of a suite's digest and the number of an attempt."""
+    text = digest if attempt == 0 else hashlib.sha256(f"{digest} {attempt}".encode()).hexdigest()
+    return int(text[:8], 16)
+
+
 def _shuffle_key(task_id: str) -> str:
     return hashlib.sha256(task_id.encode()).hexdigest()
 
@@ -319,10 +303,11 @@ def _complaints(error: ValidationError) -> list[str]:
     ]
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """A parenthesis that names the nearest known key, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"
+    words = list(known)
+    close = difflib.get_close_matches(name, words, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(words)})"
 
 
 def _suite_keys() -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
-from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths, evaluate_tasks
+from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.recipe import Recipe
 from evomerge.search.resolve import ResolvedStudy, engine_name
 from evomerge.search.storage import SCRATCH
@@ -59,7 +60,7 @@ class EngineEvaluator:
             self.by_disk_is_news = False
             why = self.engine.supports(recipe) or "the engine does not say why"
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
-        results = evaluate_tasks(self.engine, self.suite, self.suite.select(task_ids))
+        results = Evaluation(self.engine, self.suite).begin(task_ids).result()
         end = time.perf_counter()
         generation = sum(result.seconds for result in results)
         self.split.switching += loaded - start

@@ -436,7 +436,7 @@ class _Search:
             recipe_digest=digest,
             seconds=self._watch.take(),
         )
-        unit = UnitKey(candidate.label, 0, digest, suite.digest, suite.config.scorer)
+        unit = UnitKey(candidate.label, 0, digest, suite.digest, suite.scorer_name)
         return events.scored(part, measurement, unit, results)
 
     def _killers_with(self, event: events.Event) -> list[tuple[str, Part]]:

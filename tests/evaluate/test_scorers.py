@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 
 from evomerge.evaluate.scorers import SCORERS, last_number
+from evomerge.evaluate.task import Task
+
+
+def task_with(reference: str) -> Task:
+    return Task("1", "in", reference, "all", "in")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,7 @@ from evomerge.evaluate.scorers import SCORERS, last_number
     ],
 )
 def test_exact_wants_the_same_text(answer: str, reference: str, grade: float) -> None:
-    assert SCORERS["exact"].grade(answer, reference) == grade
+    assert SCORERS["exact"].grade(task_with(reference), answer) == grade
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,7 @@ def test_exact_wants_the_same_text(answer: str, reference: str, grade: float) ->
     ],
 )
 def test_numeric_compares_the_last_number(answer: str, reference: str, grade: float) -> None:
-    assert SCORERS["numeric"].grade(answer, reference) == grade
+    assert SCORERS["numeric"].grade(task_with(reference), answer) == grade
 
 
 def test_a_minus_after_a_digit_is_no_sign() -> None:
@@ -44,6 +49,6 @@ def test_a_minus_after_a_digit_is_no_sign() -> None:
 
 
 def test_references_that_no_answer_could_meet_are_named() -> None:
-    assert SCORERS["exact"].objection("  ") == "the reference is empty"
-    assert SCORERS["numeric"].objection("six") == "'six' holds no number"
-    assert SCORERS["numeric"].objection("6") is None
+    assert SCORERS["exact"].objection(task_with("  ")) == "the reference is empty"
+    assert SCORERS["numeric"].objection(task_with("six")) == "'six' holds no number"
+    assert SCORERS["numeric"].objection(task_with("6")) is None

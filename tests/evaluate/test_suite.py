@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
 from evomerge.errors import ConfigError
+from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.suite import (
     Suite,
     SuiteConfig,
     Task,
+    TaskResult,
     check_prompt_lengths,
-    evaluate_tasks,
     load_suite,
     split_holdout,
 )
@@ -32,7 +33,7 @@ class EchoEngine(Engine):
 
     def __init__(self, chat_template: bool = False) -> None:
         self.chat_template = chat_template
-        self.calls: list[tuple[list[str], GenerationSettings, bool]] = []
+        self.calls: list[tuple[list[str], object, bool]] = []
 
     def supports(self, recipe: Recipe) -> str | None:
         return None
@@ -40,17 +41,29 @@ class EchoEngine(Engine):
     def load(self, recipe: Recipe) -> Loaded:
         return Loaded("v0", "live", 0.0)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    bos_token_id = None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
         return "".join(f"<{message['role']}> {message['content']} " for message in messages)
 
     def has_chat_template(self) -> bool:
         return self.chat_template
 
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(prompt.split()) + add_special_tokens
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return [[0] * add_special_tokens + [1 for _ in prompt.split()] for prompt in prompts]
 
     def generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
     ) -> list[Completion]:
         self.calls.append((list(prompts), settings, add_special_tokens))
         return [Completion(prompt.split()[-1], (1,), "stop", 3, "v0") for prompt in prompts]
@@ -72,6 +85,10 @@ def write_rows(folder: Path, rows: Sequence[object]) -> Path:
 def suite_of(folder: Path, rows: Sequence[object], **settings: object) -> Suite:
     write_rows(folder, rows)
     return load_suite(SuiteConfig.model_validate({"data": "tasks.jsonl", **settings}), folder)
+
+
+def evaluated(engine: Engine, suite: Suite, attempt: int = 0) -> list[TaskResult]:
+    return Evaluation(engine, suite).begin([task.id for task in suite.tasks], attempt).result()
 
 
 def make_tasks(sizes: Mapping[str, int]) -> list[Task]:
@@ -219,7 +236,7 @@ def test_all_tasks_are_asked_in_one_call_and_graded_in_order(tmp_path: Path) -> 
     rows = [{"input": "say x", "output": "x"}, {"input": "say y", "output": "z"}]
     suite = suite_of(tmp_path, rows, max_tokens=4, stop=["\n"])
     engine = EchoEngine()
-    results = evaluate_tasks(engine, suite, suite.tasks)
+    results = evaluated(engine, suite)
     assert [(r.task_id, r.answer, r.grade, r.version) for r in results] == [
         ("1", "x", 1.0, "v0"),
         ("2", "y", 0.0, "v0"),
@@ -228,15 +245,30 @@ def test_all_tasks_are_asked_in_one_call_and_graded_in_order(tmp_path: Path) -> 
     assert engine.calls == [(["say x", "say y"], settings, True)]
 
 
-def test_sampled_answers_have_a_seed_that_follows_from_the_suite_alone(tmp_path: Path) -> None:
+def test_sampled_answers_have_a_seed_that_follows_from_the_suite_and_the_attempt_alone(
+    tmp_path: Path,
+) -> None:
     rows = [{"input": "x", "output": "x"}]
-    greedy, sampled = suite_of(tmp_path, rows), suite_of(tmp_path, rows, temperature=0.7)
-    assert greedy.settings.seed is None
-    assert sampled.settings.seed == int(sampled.digest[:8], 16)
+    greedy, sampled = suite_of(tmp_path, rows), suite_of(tmp_path, rows, temperature=0.5)
+    task = sampled.tasks[0]
+    assert greedy.generation(task).seed is None
+    assert sampled.generation(task).seed == int(sampled.digest[:8], 16)
+    seeds = {sampled.generation(task, attempt).seed for attempt in range(20)}
+    assert len(seeds) == 20
     (tmp_path / "other").mkdir()
-    assert suite_of(tmp_path / "other", rows, temperature=0.7).settings == sampled.settings
-    other = suite_of(tmp_path, [*rows, {"input": "y", "output": "y"}], temperature=0.7)
-    assert other.settings.seed != sampled.settings.seed
+    same = suite_of(tmp_path / "other", rows, temperature=0.5)
+    assert same.generation(task, 3) == sampled.generation(task, 3)
+    other = suite_of(tmp_path, [*rows, {"input": "y", "output": "y"}], temperature=0.5)
+    assert other.generation(task).seed != sampled.generation(task).seed
+
+
+def test_repetitions_of_greedy_answers_are_sampled_and_say_which_they_are(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, [{"input": "x", "output": "x"}], selection_temperature=0.4)
+    engine = EchoEngine()
+    results = [evaluated(engine, suite, attempt)[0] for attempt in (0, 1)]
+    assert [result.attempt for result in results] == [0, 1]
+    settings = [call[1] for call in engine.calls]
+    assert [each.temperature for each in settings] == [0.0, 0.4]  # type: ignore[attr-defined]
 
 
 def test_a_chat_template_is_used_where_there_is_one_and_adds_the_special_tokens(
@@ -244,7 +276,7 @@ def test_a_chat_template_is_used_where_there_is_one_and_adds_the_special_tokens(
 ) -> None:
     suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], system="Be brief.")
     engine = EchoEngine(chat_template=True)
-    evaluate_tasks(engine, suite, suite.tasks)
+    evaluated(engine, suite)
     prompts, _, add_special_tokens = engine.calls[0]
     assert prompts == ["<system> Be brief. <user> hi "]
     assert not add_special_tokens
@@ -253,7 +285,7 @@ def test_a_chat_template_is_used_where_there_is_one_and_adds_the_special_tokens(
 def test_chat_false_leaves_the_template_alone(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], chat=False, system="Be brief.")
     engine = EchoEngine(chat_template=True)
-    evaluate_tasks(engine, suite, suite.tasks)
+    evaluated(engine, suite)
     assert engine.calls[0][0] == ["Be brief.\nhi"]
     assert engine.calls[0][2]
 
@@ -261,7 +293,7 @@ def test_chat_false_leaves_the_template_alone(tmp_path: Path) -> None:
 def test_chat_true_without_a_template_is_refused(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, [{"input": "hi", "output": "hi"}], chat=True)
     with pytest.raises(ConfigError, match="no chat template"):
-        evaluate_tasks(EchoEngine(), suite, suite.tasks)
+        evaluated(EchoEngine(), suite)
 
 
 def test_prompts_that_do_not_fit_with_their_answers_are_named(tmp_path: Path) -> None:

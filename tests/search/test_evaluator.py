@@ -23,17 +23,29 @@ class DiskEngine(Engine):
     def load(self, recipe: Recipe) -> Loaded:
         return Loaded("v", "disk" if self.supports(recipe) else "live", 0.0)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    bos_token_id = None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
         raise NotImplementedError
 
     def has_chat_template(self) -> bool:
         return False
 
-    def count_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
-        return len(prompt.split())
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return [[1 for _ in prompt.split()] for prompt in prompts]
 
     def generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
     ) -> list[Completion]:
         return [Completion(prompt, (1,), "stop", 1, "v") for prompt in prompts]
 

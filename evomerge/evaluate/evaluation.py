@@ -1,0 +1,200 @@
+"""A suite asked of the model that an engine now is: its tasks answered, then graded."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from evomerge.engine.base import Completion, Engine, GenerationSettings
+from evomerge.errors import ConfigError
+from evomerge.evaluate.prompts import ask, uses_chat
+from evomerge.evaluate.scorers import Scorer
+from evomerge.evaluate.suite import Suite
+from evomerge.evaluate.task import Grader, GradeRequest, ScorerGrade, Task, TaskResult
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Conversation:
+    """A task with what was asked and answered so far, turn by turn."""
+
+    task: Task
+    prompts: list[str] = field(default_factory=list)
+    answers: list[Completion] = field(default_factory=list)
+    seconds: float = 0.0
+    details: list[ScorerGrade] = field(default_factory=list)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(answer.text for answer in self.answers)
+
+
+class Evaluation:
+    """The tasks of `suite`, asked in `engine`, graded by its scorers and by `graders`.
+
+    `graders` are those of the suite's scorers that work elsewhere (a judge), by the name that the
+    suite gives them. Raises ConfigError where one is missing.
+    """
+
+    def __init__(
+        self, engine: Engine, suite: Suite, graders: Mapping[str, Grader] | None = None
+    ) -> None:
+        self._engine = engine
+        self._suite = suite
+        self._graders = {
+            name: _grader(name, graders or {})
+            for name in suite.weights
+            if name not in suite.scorers
+        }
+
+    def begin(self, task_ids: Sequence[str], attempt: int = 0) -> Future[list[TaskResult]]:
+        """The results of these tasks, in their order; on return all answers are generated.
+
+        So the engine is free for the next candidate, while graders still work: the future is done
+        when they are. `attempt` 0 is answered as the suite says, each one above is another sample
+        (`Suite.generation`). Raises CandidateError where the model writes nothing that can be
+        read, EngineDiedError where the engine is gone; the future, what graders raise.
+        """
+        asked = [_Conversation(task) for task in self._suite.select(task_ids)]
+        waiting: list[tuple[list[_Conversation], Future[list[ScorerGrade]]]] = []
+        for turn in range(1 + max((len(one.task.turns) for one in asked), default=0)):
+            now = [one for one in asked if turn <= len(one.task.turns)]
+            self._answer(now, attempt)
+            self._score(now)
+            # At once: the first turn is graded while the second is generated.
+            for grader in self._graders.values():
+                requests = [_request(one, attempt) for one in now]
+                waiting.append((now, grader.grade_all(requests)))
+        pending = [future for _, future in waiting]
+        return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
+
+    def _answer(self, asked: Sequence[_Conversation], attempt: int) -> None:
+        """One generate call for the next turn of each."""
+        suite, engine = self._suite, self._engine
+        prompts = [ask(engine, suite.chat, one.task, one.texts) for one in asked]
+        settings = [suite.generation(one.task, attempt) for one in asked]
+        started = time.perf_counter()
+        completions = engine.generate(
+            prompts, _one_if_alike(settings), add_special_tokens=not uses_chat(engine, suite.chat)
+        )
+        seconds = (time.perf_counter() - started) / max(len(asked), 1)
+        for one, prompt, completion in zip(asked, prompts, completions, strict=True):
+            one.prompts.append(prompt)
+            one.answers.append(completion)
+            one.seconds += seconds
+
+    def _score(self, asked: Sequence[_Conversation]) -> None:
+        for one in asked:
+            turn = len(one.answers) - 1
+            task = one.task.at_turn(turn)
+            for name, scorer in self._suite.scorers.items():
+                grade = scorer.grade(task, one.answers[-1].text)
+                one.details.append(ScorerGrade(name, grade, turn=turn))
+
+    def _results(
+        self,
+        asked: Sequence[_Conversation],
+        waiting: Sequence[tuple[Sequence[_Conversation], Future[list[ScorerGrade]]]],
+        attempt: int,
+    ) -> list[TaskResult]:
+        for conversations, future in waiting:
+            for one, grade in zip(conversations, future.result(), strict=True):
+                one.details.append(grade)
+        return [self._result(one, attempt) for one in asked]
+
+    def _result(self, one: _Conversation, attempt: int) -> TaskResult:
+        last = one.answers[-1]
+        return TaskResult(
+            task_id=one.task.id,
+            prompt=one.prompts[-1],
+            answer=last.text,
+            finish_reason=last.finish_reason,
+            grade=self._grade(one.details),
+            seconds=one.seconds,
+            version=last.version,
+            attempt=attempt,
+            details=tuple(one.details),
+            earlier=one.texts[:-1],
+        )
+
+    def _grade(self, details: Sequence[ScorerGrade]) -> float | None:
+        """The mean over the turns of the weighted mean of the scorers; None where one is missing.
+
+        One scorer alone keeps its own range; several are scaled to [0, 1] by theirs.
+        """
+        weights = self._suite.weights
+        grades = [(detail.scorer, detail.grade) for detail in details]
+        if any(grade is None for _, grade in grades):
+            return None
+        if len(weights) == 1:
+            return _mean([grade for _, grade in grades if grade is not None])
+        turns = len(grades) // len(weights)
+        parts = [
+            weights[name] * self._scaled(name, grade) for name, grade in grades if grade is not None
+        ]
+        return math.fsum(parts) / (turns * math.fsum(weights.values()))
+
+    def _scaled(self, name: str, grade: float) -> float:
+        scorer: Scorer | Grader = self._suite.scorers.get(name) or self._graders[name]
+        return (grade - scorer.low) / (scorer.high - scorer.low)
+
+
+def when_all_done(pending: Sequence[Future[Any]], outcome: Callable[[], Result]) -> Future[Result]:
+    """A future of what `outcome` returns (or raises), called once when all `pending` are done."""
+    joined: Future[Result] = Future()
+    joined.set_running_or_notify_cancel()
+    left = len(pending)
+    lock = threading.Lock()
+
+    def settle() -> None:
+        try:
+            result = outcome()
+        except BaseException as error:  # whatever it is belongs to who waits for the future
+            joined.set_exception(error)
+        else:
+            joined.set_result(result)
+
+    def one_done(_: Future[Any]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            settle()
+
+    for future in pending:
+        future.add_done_callback(one_done)
+    if not pending:
+        settle()
+    return joined
+
+
+def _grader(name: str, graders: Mapping[str, Grader]) -> Grader:
+    if name not in graders:
+        raise ConfigError(
+            f"suite: scorer {name}: nobody is there to grade; say who is with "
+            f"`{name}: {{model: …, base_url: …}}` in the study"
+        )
+    return graders[name]
+
+
+def _request(one: _Conversation, attempt: int) -> GradeRequest:
+    *earlier, answer = one.texts
+    turn = len(earlier)
+    return GradeRequest(one.task.at_turn(turn), answer, attempt, tuple(earlier))
+
+
+def _one_if_alike(
+    settings: Sequence[GenerationSettings],
+) -> GenerationSettings | list[GenerationSettings]:
+    return settings[0] if len(set(settings)) == 1 else list(settings)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,112 @@
+"""What is asked, what was answered, and how it was graded: the words of every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt and its right answer; `user` is the suite's template filled with the input.
+
+    `fields` are the further columns that the suite maps (`eval_aspect`), by the suite's names.
+    `turns` are further user turns, each asked after the answer to the one before, and
+    `turn_references` their right answers ("" where there is none), one each. `choices` are the
+    answers to choose from, where the suite has such.
+    """
+
+    id: str
+    input: str
+    reference: str
+    category: str
+    user: str
+    fields: Mapping[str, str] = field(default_factory=dict, hash=False)
+    turns: tuple[str, ...] = ()
+    turn_references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+    def at_turn(self, turn: int) -> Task:
+        """The task as a scorer of the answer to `turn` (from 0) sees it: with its reference."""
+        if turn == 0 or not self.turn_references:
+            return self
+        return replace(self, reference=self.turn_references[turn - 1])
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one grade cost a judge, in tokens; `cost` in the currency of its prices, if known."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class ScorerGrade:
+    """What one scorer gave one answer, in its own range; None where it could not grade it.
+
+    `reply` is a judge's raw text; `turn` the turn of the conversation that was graded, from 0.
+    """
+
+    scorer: str
+    grade: float | None
+    reply: str | None = None
+    usage: Usage | None = None
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one candidate made of one task.
+
+    `prompt` is the text that the model read, chat template included; `finish_reason` "stop",
+    "length", or "none" where nothing was to be written; `grade` None where the answer could not be
+    scored; `seconds` this task's share of the call that generated its unit; `version` the candidate
+    that wrote the answer. In a conversation prompt and answer are those of its last turn, and
+    `earlier` the answers before. `attempt` counts wanted repetitions from 0; `details` has a grade
+    per scorer and turn; `gates` names what is wrong with the answer on its face ("language",
+    "repetition", "length", "empty").
+    """
+
+    task_id: str
+    prompt: str
+    answer: str
+    finish_reason: str
+    grade: float | None
+    seconds: float
+    version: str
+    attempt: int = 0
+    details: tuple[ScorerGrade, ...] = ()
+    gates: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GradeRequest:
+    """One answer to be graded: the one to turn `len(earlier)` of `task`, after `earlier` ones."""
+
+    task: Task
+    answer: str
+    attempt: int
+    earlier: tuple[str, ...] = ()
+
+
+class Grader(Protocol):
+    """Grades answers elsewhere, while the engine goes on: a judge behind a network.
+
+    Grades lie in [low, high]; higher is better.
+    """
+
+    name: str
+    low: float
+    high: float
+
+    def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
+        """A grade per item, in their order: at once a future, later its result.
+
+        What cannot be graded has the grade None. The future raises CandidateError where too much
+        of a candidate cannot, RunError where the run must stop.
+        """

@@ -1,0 +1,195 @@
+"""Evaluations: turns, scorers together, graders that answer later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
+from evomerge.errors import CandidateError, ConfigError
+from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.suite import Suite, SuiteConfig
+from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task
+from evomerge.recipe import Recipe
+
+
+class CountingEngine(Engine):
+    """Answers every prompt with how many words it has; renders chats as `role:text` lines."""
+
+    name = "counting"
+    max_model_len = 100
+    bos_token_id = None
+
+    def __init__(self, chat: bool = False) -> None:
+        self.chat = chat
+        self.calls: list[tuple[list[str], object]] = []
+
+    def supports(self, recipe: Recipe) -> str | None:
+        return None
+
+    def load(self, recipe: Recipe) -> Loaded:
+        return Loaded("v", "live", 0.0)
+
+    def has_chat_template(self) -> bool:
+        return self.chat
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str | None = None,
+        cue: bool = True,
+    ) -> str:
+        lines = [f"{message['role']}:{message['content']}" for message in messages]
+        return "\n".join([template or "own", *lines, *(["assistant:"] if cue else [])])
+
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return [[1 for _ in prompt.split()] for prompt in prompts]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        *,
+        add_special_tokens: bool,
+    ) -> list[Completion]:
+        self.calls.append((list(prompts), settings))
+        return [Completion(str(len(p.split())), (1,), "stop", 1, "v") for p in prompts]
+
+    def log_probabilities(
+        self, prompts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[float]]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class LateGrader:
+    """Grades nothing until it is told what to give."""
+
+    name = "judge"
+    low, high = 1.0, 5.0
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[GradeRequest, ...]] = []
+        self.futures: list[Future[list[ScorerGrade]]] = []
+
+    def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
+        self.asked.append(tuple(items))
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def give(self, call: int, *grades: float | None) -> None:
+        turn = len(self.asked[call][0].earlier)
+        given = [ScorerGrade("judge", grade, "because", turn=turn) for grade in grades]
+        self.futures[call].set_result(given)
+
+
+def suite_of(*tasks: Task, **settings: object) -> Suite:
+    return Suite(SuiteConfig.model_validate({"data": "tasks.jsonl", **settings}), tasks)
+
+
+ONE = Task("one", "a b", "2", "all", "a b")
+TWO = Task("two", "a b c", "3", "all", "a b c")
+
+
+def test_several_scorers_are_scaled_by_their_ranges_and_weighed() -> None:
+    judge = LateGrader()
+    suite = suite_of(ONE, TWO, scorer={"judge": 3, "exact": 1})
+    future = Evaluation(CountingEngine(), suite, {"judge": judge}).begin(["one", "two"])
+    judge.give(0, 5.0, 2.0)
+    results = future.result()
+    # judge: (5 − 1)/4 and (2 − 1)/4; exact: 1 and 1.
+    assert [result.grade for result in results] == [(3 * 1.0 + 1) / 4, (3 * 0.25 + 1) / 4]
+    assert results[1].details == (
+        ScorerGrade("exact", 1.0),
+        ScorerGrade("judge", 2.0, "because"),
+    )
+    assert suite.scorer_name == "3 judge + 1 exact"
+
+
+def test_one_scorer_alone_keeps_its_own_range() -> None:
+    judge = LateGrader()
+    future = Evaluation(CountingEngine(), suite_of(ONE, scorer="judge"), {"judge": judge}).begin(
+        ["one"]
+    )
+    judge.give(0, 4.0)
+    assert future.result()[0].grade == 4.0
+
+
+def test_answers_are_all_there_before_a_judge_has_graded_them() -> None:
+    judge = LateGrader()
+    engine = CountingEngine()
+    future = Evaluation(engine, suite_of(ONE, TWO, scorer="judge"), {"judge": judge}).begin(
+        ["two", "one"], attempt=2
+    )
+    assert [request.task.id for request in judge.asked[0]] == ["two", "one"]
+    assert [request.answer for request in judge.asked[0]] == ["3", "2"]
+    assert {request.attempt for request in judge.asked[0]} == {2}
+    assert not future.done()
+    judge.give(0, 1.0, None)
+    assert [result.grade for result in future.result()] == [1.0, None]
+
+
+def test_without_a_grader_the_future_is_done_at_once() -> None:
+    future = Evaluation(CountingEngine(), suite_of(ONE)).begin(["one"])
+    assert future.done()
+    assert future.result()[0].grade == 1.0
+
+
+def test_a_judge_that_fails_the_candidate_fails_the_future() -> None:
+    judge = LateGrader()
+    future = Evaluation(CountingEngine(), suite_of(ONE, scorer="judge"), {"judge": judge}).begin(
+        ["one"]
+    )
+    judge.futures[0].set_exception(CandidateError("3 of 100 answers could not be graded"))
+    with pytest.raises(CandidateError, match="3 of 100"):
+        future.result()
+
+
+def test_a_suite_with_a_judge_needs_one() -> None:
+    with pytest.raises(ConfigError, match="scorer judge: nobody is there"):
+        Evaluation(CountingEngine(), suite_of(ONE, scorer="judge"))
+
+
+TALK = replace(TWO, id="talk", turns=("and more",), turn_references=("7",))
+
+
+def test_the_second_turn_is_asked_with_the_first_answer_in_the_same_call_for_all() -> None:
+    engine = CountingEngine(chat=True)
+    suite = suite_of(ONE, TALK, replace(TALK, id="talk 2"), system="Count.")
+    results = Evaluation(engine, suite).begin(["one", "talk", "talk 2"]).result()
+    assert [len(prompts) for prompts, _ in engine.calls] == [3, 2]
+    second = "own\nsystem:Count.\nuser:a b c\nassistant:6\nuser:and more\nassistant:"
+    assert engine.calls[1][0] == [second, second]
+    assert results[1].prompt == second
+    assert (results[1].earlier, results[1].answer) == (("6",), "9")
+    assert results[0].earlier == ()
+
+
+def test_without_a_chat_template_the_next_turn_begins_a_line() -> None:
+    engine = CountingEngine()
+    result = Evaluation(engine, suite_of(TALK)).begin(["talk"]).result()[0]
+    assert result.prompt == "a b c3\nand more"
+
+
+def test_each_turn_is_graded_against_its_own_reference_and_the_mean_counts() -> None:
+    result = Evaluation(CountingEngine(), suite_of(TALK)).begin(["talk"]).result()[0]
+    assert [(each.turn, each.grade) for each in result.details] == [(0, 1.0), (1, 0.0)]
+    assert result.grade == 0.5
+
+
+def test_a_judge_gets_the_first_turn_before_the_second_is_answered() -> None:
+    judge = LateGrader()
+    suite = suite_of(TALK, ONE, scorer="judge")
+    future = Evaluation(CountingEngine(), suite, {"judge": judge}).begin(["talk", "one"])
+    first, second = judge.asked
+    assert [request.task.reference for request in (*first, *second)] == ["3", "2", "7"]
+    assert second[0].earlier == ("3",)
+    judge.give(1, 2.0)
+    assert not future.done()
+    judge.give(0, 4.0, 5.0)
+    assert [result.grade for result in future.result()] == [3.0, 5.0]
