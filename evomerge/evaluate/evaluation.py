@@ -39,7 +39,8 @@ class Evaluation:
     """The tasks of `suite`, asked in `engine`, graded by its scorers and by `graders`.
 
     `graders` are those of the suite's scorers that work elsewhere (a judge), by the name that the
-    suite gives them. Raises ConfigError where one is missing.
+    suite gives them. `generation_seconds` counts what the engine took for all answers so far.
+    Raises ConfigError where a grader is missing.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Evaluation:
     ) -> None:
         self._engine = engine
         self._suite = suite
+        self.generation_seconds = 0.0
         self._graders = {
             name: _grader(name, graders or {})
             for name in suite.weights
@@ -83,11 +85,12 @@ class Evaluation:
         completions = engine.generate(
             prompts, _one_if_alike(settings), add_special_tokens=not uses_chat(engine, suite.chat)
         )
-        seconds = (time.perf_counter() - started) / max(len(asked), 1)
+        taken = time.perf_counter() - started
+        self.generation_seconds += taken
         for one, prompt, completion in zip(asked, prompts, completions, strict=True):
             one.prompts.append(prompt)
             one.answers.append(completion)
-            one.seconds += seconds
+            one.seconds += taken / len(asked)
 
     def _score(self, asked: Sequence[_Conversation]) -> None:
         for one in asked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
+from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
 from evomerge.search.resolve import ResolvedStudy, engine_name
 from evomerge.search.storage import SCRATCH
@@ -34,12 +35,14 @@ class TimeSplit:
 class EngineEvaluator:
     """Evaluates recipes on the tasks of a suite, one candidate at a time, in one engine.
 
-    `say` is told once where a candidate cannot be loaded live; `by_disk_is_news` False: not even
-    then, because it was asked for.
+    `graders` are those of the suite's scorers that work elsewhere, by name. `say` is told once
+    where a candidate cannot be loaded live; `by_disk_is_news` False: not even then, because it was
+    asked for.
     """
 
     engine: Engine
     suite: Suite
+    graders: Mapping[str, Grader] = field(default_factory=dict)
     split: TimeSplit = field(default_factory=TimeSplit)
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     by_disk_is_news: bool = True
@@ -52,7 +55,6 @@ class EngineEvaluator:
         Raises CandidateError where the recipe has no model, EngineDiedError where the engine is
         gone.
         """
-        assert attempt == 0, "answers of a suite are not repeated yet"
         start = time.perf_counter()
         candidate = self.engine.load(recipe)
         loaded = time.perf_counter()
@@ -60,20 +62,13 @@ class EngineEvaluator:
             self.by_disk_is_news = False
             why = self.engine.supports(recipe) or "the engine does not say why"
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
-        results = Evaluation(self.engine, self.suite).begin(task_ids).result()
+        evaluation = Evaluation(self.engine, self.suite, self.graders)
+        results = evaluation.begin(task_ids, attempt)
         end = time.perf_counter()
-        generation = sum(result.seconds for result in results)
         self.split.switching += loaded - start
-        self.split.generation += generation
-        self.split.scoring += end - loaded - generation
-        return finished(results)
-
-
-def finished(results: list[TaskResult]) -> Future[list[TaskResult]]:
-    """A future that holds `results` already."""
-    future: Future[list[TaskResult]] = Future()
-    future.set_result(results)
-    return future
+        self.split.generation += evaluation.generation_seconds
+        self.split.scoring += end - loaded - evaluation.generation_seconds
+        return results
 
 
 @contextmanager
@@ -88,7 +83,7 @@ def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEva
         check_prompt_lengths(engine, study.suite, study.suite.tasks)
         split.engine_start += time.perf_counter() - start
         by_disk_is_news = study.config.engine.load == "live"
-        yield EngineEvaluator(engine, study.suite, split, by_disk_is_news=by_disk_is_news)
+        yield EngineEvaluator(engine, study.suite, split=split, by_disk_is_news=by_disk_is_news)
 
 
 def engine_config(study: ResolvedStudy) -> EngineConfig:

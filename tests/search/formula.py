@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
+from evomerge.evaluate.evaluation import when_all_done
 from evomerge.evaluate.suite import TaskResult
 from evomerge.recipe import Recipe
-from evomerge.search.evaluator import TimeSplit, finished
+from evomerge.search.evaluator import TimeSplit
 from evomerge.search.loop import OpenEvaluator, run_search
 from evomerge.search.resolve import ResolvedStudy
 from evomerge.search.story import Started, Story
@@ -78,7 +79,7 @@ class FormulaEvaluator:
             )
         if self.split is not None:
             self.split.generation += time.perf_counter() - started
-        return finished(results)
+        return when_all_done([], lambda: results)
 
 
 def opener(
