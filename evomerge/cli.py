@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -17,8 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge import eval_commands
 from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError
 from evomerge.resources import PRESET_WORDS, PresetKind, locate, preset_file, preset_names
+from evomerge.terminal import (
+    DEFAULT_STORAGE,
+    STORAGE_VARIABLE,
+    JsonOption,
+    OverwriteOption,
+    StorageOption,
+    refuse_existing_file,
+    say,
+    stdout_for_results,
+    storage_directory,
+    write_new,
+)
 
 if TYPE_CHECKING:
     from evomerge.merge.extract import Extraction
@@ -26,8 +38,6 @@ if TYPE_CHECKING:
     from evomerge.search.study import StudyConfig
 
 INTERRUPTED = 130
-STORAGE_VARIABLE = "EVOMERGE_STORAGE"
-DEFAULT_STORAGE = "evol_merge_storage"
 
 app = typer.Typer(
     help="Search for the best merge of language models, inside a live vLLM engine.",
@@ -41,13 +51,6 @@ presets_app = typer.Typer(
 )
 app.add_typer(presets_app, name="presets")
 
-StorageOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help=f"Where studies are kept; else ${STORAGE_VARIABLE}, else ./{DEFAULT_STORAGE}.",
-    ),
-]
 InputsOption = Annotated[
     Path | None,
     typer.Option(
@@ -56,13 +59,9 @@ InputsOption = Annotated[
         f"else ${STORAGE_VARIABLE}, else ./{DEFAULT_STORAGE}.",
     ),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there already.")
-]
 LenientOption = Annotated[
     bool, typer.Option("--lenient", help="Drop keys and parameters that nobody knows.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 ShardSizeOption = Annotated[
     str, typer.Option(metavar="SIZE", help="The most bytes of one file, as 5GB or 500MB.")
 ]
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(list(arguments) if arguments is not None else None, prog_name="evomerge")
     except EvomergeError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_status
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -156,7 +155,7 @@ def _run(
 
     try:
         with (
-            _stdout_for_results(),
+            stdout_for_results(),
             warnings.catch_warnings(),
             SearchDisplay(Console(stderr=True)) as display,
         ):
@@ -170,12 +169,12 @@ def _run(
                 seed=seed,
                 report=display,
             )
-            results = write_results(storage, config.study, _say)
+            results = write_results(storage, config.study, say)
     except KeyboardInterrupt:
         begun = (study_directory(storage, config.study) / STUDY_FILE).exists()
         command = _resume_command(config.study, storage, trust_code=trust_code)
         going_on = f"go on with: {command}"
-        _say(f"interrupted; {going_on if begun else 'nothing had begun yet'}")
+        say(f"interrupted; {going_on if begun else 'nothing had begun yet'}")
         raise typer.Exit(INTERRUPTED) from None
     _print_results(results)
 
@@ -223,11 +222,11 @@ def export(
     directory = storage_directory(storage)
     recipe = trial_recipe(directory, name, trial)
     if yaml is not None:  # both places before either is written to
-        _refuse_existing_file(yaml, overwrite=overwrite)
+        refuse_existing_file(yaml, overwrite=overwrite)
     if model is not None:
         refuse_existing(model.absolute(), overwrite=overwrite)
     if yaml is not None:
-        _write_new(yaml, recipe.to_yaml(), overwrite=overwrite)
+        write_new(yaml, recipe.to_yaml(), overwrite=overwrite)
         print(yaml)
     if model is not None:
         print(export_model(directory, name, model, trial, overwrite=overwrite))
@@ -252,14 +251,14 @@ def merge(
     shard_bytes = parse_size(max_shard_size)
     from evomerge.recipe import read_recipe
 
-    wanted = read_recipe(recipe, lenient=lenient, say=_say)  # its mistakes need no torch
+    wanted = read_recipe(recipe, lenient=lenient, say=say)  # its mistakes need no torch
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
     from evomerge.report.export import merge_recipe
     from evomerge.report.merge_display import MergeDisplay
 
     refuse_existing(out.absolute(), overwrite=overwrite)
-    inputs = InputModels(storage_directory(storage), say=_say)
+    inputs = InputModels(storage_directory(storage), say=say)
     with _mistakes_of(recipe), MergeDisplay(sys.stderr) as display:
         merge_recipe(
             wanted,
@@ -300,10 +299,10 @@ def moe(
     from evomerge.report.moe import build_moe
 
     file = locate(config, "mixtures")
-    wanted = read_moe_config(file, lenient=lenient, say=_say)
+    wanted = read_moe_config(file, lenient=lenient, say=say)
     refuse_existing(out.absolute(), overwrite=overwrite)
-    inputs = InputModels(storage_directory(storage), say=_say)
-    with _mistakes_of(file), _stdout_for_results(), MergeDisplay(sys.stderr) as display:
+    inputs = InputModels(storage_directory(storage), say=say)
+    with _mistakes_of(file), stdout_for_results(), MergeDisplay(sys.stderr) as display:
         build_moe(
             wanted,
             out,
@@ -313,7 +312,7 @@ def moe(
             max_shard_size=shard_bytes,
             overwrite=overwrite,
             progress=display,
-            say=_say,
+            say=say,
         )
     print(out)
 
@@ -338,10 +337,10 @@ def export_gguf(
 
     _refuse_input(out, model)
     check_gguf_output(out, kind, overwrite=overwrite)
-    inputs = InputModels(storage_directory(storage), say=_say)
+    inputs = InputModels(storage_directory(storage), say=say)
     name = Path(model).name.removesuffix(".gguf")
     for note in write_gguf(inputs.resolve(model), out, kind, overwrite=overwrite, name=name):
-        _say(f"note: {note}")
+        say(f"note: {note}")
     print(out)
 
 
@@ -374,7 +373,7 @@ def extract(
     _refuse_input(out, fine, base)
     settings: dict[str, Any] = {"explained": explained, "dtype": dtype, "overwrite": overwrite}
     check_extraction(out, rank, **settings)
-    inputs = InputModels(storage_directory(storage), say=_say)
+    inputs = InputModels(storage_directory(storage), say=say)
     models = inputs.resolve(fine), inputs.resolve(base)
     found = extract_lora(
         *models,
@@ -386,12 +385,16 @@ def extract(
         **settings,
     )
     for note in found.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     print(
         json.dumps(_extraction_json(out, found), indent=2)
         if as_json
         else _extraction_text(out, found)
     )
+
+
+for _command in eval_commands.COMMANDS:
+    app.command(_command.__name__)(_command)
 
 
 @presets_app.callback(invoke_without_command=True)
@@ -420,7 +423,7 @@ def copy_preset(
 ) -> None:
     """Copy a preset's file here, to be changed."""
     target = Path(f"{name}.yaml")
-    _write_new(target, _preset_file(name).read_text(encoding="utf-8"), overwrite=overwrite)
+    write_new(target, _preset_file(name).read_text(encoding="utf-8"), overwrite=overwrite)
     print(target)
 
 
@@ -435,17 +438,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ConfigError(f"--max-shard-size: {text!r} is no size; right would be 5GB or 500MB")
     return size
-
-
-def storage_directory(option: Path | None, study: StudyConfig | None = None) -> Path:
-    """Where studies are kept: the option, else the study's own key, else the environment's.
-
-    What a study's file says starts at the file's folder, as all its relative paths do.
-    """
-    if option is None and study is not None and study.storage.directory:
-        return study.folder / Path(study.storage.directory).expanduser()
-    named = option or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
-    return Path(named).expanduser()
 
 
 def _presets() -> dict[str, tuple[PresetKind, Path]]:
@@ -485,33 +477,6 @@ def _refuse_input(out: Path, *references: str) -> None:
     parts = [part for reference in references for part in (reference, *reference.split("+"))]
     if out.exists() and any(Path(part).expanduser().resolve() == out.resolve() for part in parts):
         raise OutputExistsError(f"{out}: is an input, too; choose another name")
-
-
-def _refuse_existing_file(path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
-
-
-def _write_new(path: Path, text: str, *, overwrite: bool) -> None:
-    _refuse_existing_file(path, overwrite=overwrite)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    """What engines print to stdout in the block goes to stderr, from their processes too."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _print_results(results: Results) -> None:
@@ -576,7 +541,7 @@ def _say_every(seconds: float, what: str) -> Callable[[int, int], None]:
         nonlocal told
         if time.monotonic() - told > seconds:
             told = time.monotonic()
-            _say(f"{done} of {total} {what}")
+            say(f"{done} of {total} {what}")
 
     return report
 
@@ -610,7 +575,3 @@ def _status_text(found: Mapping[str, Any]) -> str:
 
 def _number(score: float | None) -> str:
     return "–" if score is None else f"{score:.3f}"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from evomerge.cli import main, storage_directory
+from evomerge.cli import main
+from evomerge.terminal import storage_directory
 
 STUDY_FILE = Path(__file__).resolve().parent / "demo" / "demo.yaml"
 

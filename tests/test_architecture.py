@@ -32,7 +32,15 @@ ROOMS: dict[str, set[str]] = {
     },
     "report": {"errors", "recipe", "moe_config", "space", "merge", "engine", "evaluate", "search"},
     "__main__": {"cli"},
-    "cli": {"errors", "resources", "recipe", "moe_config", "merge", "search", "report"},
+    "terminal": {"errors", "search"},
+    "cli": {
+        *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "search", "report"),
+        "eval_commands",
+    },
+    "eval_commands": {
+        *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "engine"),
+        *("evaluate", "search", "report"),
+    },
 }
 
 # Each big library, and the files that may know it.
@@ -40,6 +48,7 @@ LIBRARIES: dict[str, set[str]] = {
     "cma": {"search/samplers.py"},
     "cmaes": {"search/samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
+    "matplotlib": {"report/radar.py"},
     "huggingface_hub": {"merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
@@ -62,7 +71,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/inputs.py", "merge/tokenizer.py"),
         *("merge/gguf.py", "merge/gguf_vocabulary.py"),
     },
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "eval_commands.py", "terminal.py"},
     "vllm": {
         *("engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"),
         "engine/vllm_private.py",

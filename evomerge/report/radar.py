@@ -1,0 +1,238 @@
+"""Radar charts: models around one circle of categories, with error bars, as PNG, SVG or PDF."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ConfigError, OutputExistsError
+from evomerge.report.radar_table import RadarLine, RadarTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, told apart by every kind of colour vision, darkest first; black for text only.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
+_STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_KINDS = (".png", ".svg", ".pdf")
+# Tops of scales that scores are usually on; above them, the next round number.
+_TOPS = (1.0, 5.0, 10.0, 100.0)
+_JAPANESE_PACKAGE, _JAPANESE_FONT = "matplotlib_fontja", "fonts/ipaexg.ttf"
+# Where several models have error bars these stand side by side, this share of the radius apart.
+_BESIDE = 0.022
+_WIDEST_SHIFT = 0.2  # radians, near the middle
+_MOST_FILLED = 2  # more areas on top of each other are mud
+_SETTINGS: Any = {
+    "font.family": ["DejaVu Sans", "IPAexGothic"],
+    "font.size": 10.0,
+    "text.parse_math": False,  # a $ in a model's name is a $
+    "svg.fonttype": "path",  # the letters are drawn right wherever the font is missing
+    "svg.hashsalt": "evomerge",
+}
+
+
+def check_charts(paths: Sequence[Path], *, overwrite: bool = False) -> None:
+    """Raises ConfigError unless charts can be written to `paths` (PNG, SVG or PDF by suffix)."""
+    for path in paths:
+        if path.suffix.lower() not in _KINDS:
+            raise ConfigError(f"{path}: a chart's name ends in {', '.join(_KINDS)}")
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("charts need matplotlib: pip install 'evomerge[plots]'")
+
+
+def draw_radar(
+    table: RadarTable,
+    paths: Sequence[Path],
+    *,
+    title: str | None = None,
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> list[str]:
+    """Writes the chart of `table` to each path; what is worth knowing, a sentence each.
+
+    `bounds` are the values in the middle and at the rim (None: as the scores have it). Raises
+    ConfigError where a score lies outside of them or a file cannot be written.
+    """
+    import matplotlib as mpl
+
+    low, high = _bounds(table, bounds)
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _register_japanese()
+        figure = radar_figure(table, low, high, title)
+        drawn = [(path, _bytes_of(figure, path.suffix.lower()[1:])) for path in paths]
+    for path, content in drawn:
+        _write(path, content)
+    return list(dict.fromkeys(str(one.message).splitlines()[0] for one in caught))
+
+
+def _bounds(table: RadarTable, wanted: tuple[float | None, float | None]) -> tuple[float, float]:
+    values = [score for line in table.lines for score in line.scores if score is not None]
+    lowest, highest = min(values), max(values)
+    low = wanted[0] if wanted[0] is not None else min(0.0, _round_up(-lowest) * -1.0)
+    high = wanted[1] if wanted[1] is not None else _round_up(highest)
+    if not low <= lowest <= highest <= high or low == high:
+        raise ConfigError(
+            f"the chart goes from {low:g} to {high:g}, the scores from {lowest:g} to {highest:g}; "
+            "--min and --max say where its middle and its rim are"
+        )
+    return low, high
+
+
+def _round_up(value: float) -> float:
+    """The first usual top of a scale that is not below `value`; 0 for what is not positive."""
+    if value <= 0:
+        return 0.0
+    usual = [top for top in _TOPS if top >= value]
+    digits = 10.0 ** math.floor(math.log10(value))
+    return usual[0] if usual else math.ceil(value / digits) * digits
+
+
+def _register_japanese() -> None:
+    """Lets matplotlib find the font of the package matplotlib-fontja, without importing that.
+
+    Its import would change every chart of the process.
+    """
+    from matplotlib.font_manager import fontManager
+
+    if any(font.name == "IPAexGothic" for font in fontManager.ttflist):
+        return
+    spec = find_spec(_JAPANESE_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    if folders and (file := Path(folders[0]) / _JAPANESE_FONT).is_file():
+        fontManager.addfont(file)
+
+
+def radar_figure(table: RadarTable, low: float, high: float, title: str | None = None) -> Figure:
+    """The chart as matplotlib's: middle `low`, rim `high`; each model's line comes back closed."""
+    from matplotlib.figure import Figure
+
+    rows = len(table.lines)
+    figure = Figure(figsize=(7.0, 6.7 + 0.25 * rows), dpi=160)
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.08)
+    axes = figure.add_subplot(projection="polar")
+    _draw_grid(axes, table.categories, low, high)
+    for index, line in enumerate(table.lines):
+        _draw_line(axes, line, index, rows)
+    if title:
+        figure.suptitle(title, fontsize=14)
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", frameon=False, handlelength=4
+    )
+    if any(interval for line in table.lines for interval in line.intervals):
+        legend.set_title("bars: 95 % intervals")
+    return figure
+
+
+def _draw_grid(axes: Any, categories: Sequence[str], low: float, high: float) -> None:
+    """Spokes with their names around, rings with their numbers between the first two spokes."""
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    axes.set_ylim(low, high)
+    angles = _angles(len(categories))
+    axes.set_xticks(angles, categories, fontsize=11)
+    for angle, label in zip(angles, axes.get_xticklabels(), strict=True):
+        side = math.sin(angle)
+        label.set_horizontalalignment(
+            "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+        )
+    rings = [low + (high - low) * step / 5 for step in range(1, 6)]
+    names = [f"{ring:g}" for ring in rings]
+    axes.set_yticks(rings, names, fontsize=8, color="#555555")
+    for label in axes.get_yticklabels():
+        label.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6})
+    axes.set_rlabel_position(math.degrees(angles[1]) / 2)
+    axes.grid(color="#cccccc", linewidth=0.7)
+    axes.spines["polar"].set_color("#999999")
+
+
+def _draw_line(axes: Any, line: RadarLine, index: int, rows: int) -> None:
+    colour = _COLOURS[index % len(_COLOURS)]
+    style = _STYLES[index % len(_STYLES)]
+    marker = _MARKERS[index % len(_MARKERS)]
+    scores = [math.nan if score is None else score for score in line.scores]
+    place = index - (rows - 1) / 2 if any(line.intervals) else 0.0
+    angles = [
+        angle + _shift(place, score, axes.get_ylim())
+        for angle, score in zip(_angles(len(scores)), scores, strict=True)
+    ]
+    closed = [*angles, angles[0]], [*scores, scores[0]]
+    axes.plot(
+        *closed,
+        color=colour,
+        linestyle=style,
+        linewidth=2.0,
+        marker=marker,
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label=_label(line),
+        zorder=3 + index,
+        clip_on=False,
+    )
+    if rows <= _MOST_FILLED and not any(map(math.isnan, scores)):
+        axes.fill(*closed, color=colour, alpha=0.08, linewidth=0, zorder=2)
+    low, high = axes.get_ylim()
+    for angle, interval in zip(angles, line.intervals, strict=True):
+        if interval is not None:
+            _draw_interval(axes, angle, [min(max(end, low), high) for end in interval], colour)
+
+
+def _shift(place: float, score: float, ends: tuple[float, float]) -> float:
+    """The angle that puts a point `place` steps beside its spoke, as far at every radius."""
+    low, high = ends
+    if math.isnan(score):
+        return 0.0
+    angle = place * _BESIDE * (high - low) / max(score - low, 1e-9)
+    return min(max(angle, -_WIDEST_SHIFT), _WIDEST_SHIFT)
+
+
+def _draw_interval(axes: Any, angle: float, ends: Sequence[float], colour: str) -> None:
+    """A bar along the spoke from one end to the other, with a cap at each."""
+    axes.plot([angle, angle], ends, color=colour, linewidth=1.4, alpha=0.9, zorder=2.5)
+    bottom, top = axes.get_ylim()
+    for end in ends:
+        # Of the same length at every radius; angles get wider towards the middle.
+        width = min(0.011 * (top - bottom) / max(end - bottom, 1e-9), 0.06)
+        axes.plot(
+            [angle - width, angle + width], [end, end], color=colour, linewidth=1.4, zorder=2.5
+        )
+
+
+def _label(line: RadarLine) -> str:
+    text = f"{line.model}   mean {line.mean:.3f}"
+    if line.mean_interval is None:
+        return text
+    low, high = line.mean_interval
+    return f"{text} [{low:.2f}, {high:.2f}]"
+
+
+def _angles(count: int) -> list[float]:
+    return [2 * math.pi * index / count for index in range(count)]
+
+
+def _bytes_of(figure: Figure, kind: str) -> bytes:
+    content = io.BytesIO()
+    # Without a date the same table gives the same bytes.
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(content, format=kind, metadata=dated.get(kind))
+    return content.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
