@@ -1,7 +1,7 @@
-"""The database of a storage directory: one schema for every study's events, answers and grades.
+"""The database of a storage directory: every study's events, answers and grades (`schema.py`).
 
-SQLite in WAL mode inside the directory, or PostgreSQL by URL. Opening creates what is missing and
-refuses what a newer evomerge wrote.
+SQLite in WAL mode inside the directory, or PostgreSQL by URL. Opening creates what is missing,
+brings up what an older evomerge wrote and refuses what a newer one did.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
+from evomerge import schema
 from evomerge.errors import ConfigError, RunError
 
-SCHEMA_VERSION = 1
 FILE_NAME = "evomerge.db"
 
 # What a run writes before anything is worth keeping: SQLite's own files and a generation's answers.
@@ -54,65 +54,6 @@ _NETWORK_FILE_SYSTEMS += ("fuse.glusterfs", "fuse.gcsfuse", "fuse.juicefs")
 
 Database: TypeAlias = sql.Engine
 
-metadata = sql.MetaData()
-
-# A big integer that SQLite, too, counts up by itself (it does so for INTEGER alone).
-_Key = sql.BigInteger().with_variant(sql.Integer(), "sqlite")
-
-schema_table = sql.Table("evomerge_schema", metadata, sql.Column("version", sql.Integer))
-
-studies = sql.Table(
-    "studies",
-    metadata,
-    sql.Column("id", _Key, primary_key=True),
-    sql.Column("name", sql.Text, nullable=False, unique=True),
-)
-
-# Append only. `payload` is JSON, kept as text: every float comes back with the bits it had.
-# `once` names what may happen only once in a study ("scored trial 17"); null where it may again.
-events = sql.Table(
-    "events",
-    metadata,
-    sql.Column("id", _Key, primary_key=True),
-    sql.Column("study_id", _Key, sql.ForeignKey("studies.id"), nullable=False, index=True),
-    sql.Column("kind", sql.Text, nullable=False),
-    sql.Column("at", sql.Float(53), nullable=False),  # seconds since 1970
-    sql.Column("once", sql.Text),
-    sql.Column("payload", sql.Text, nullable=False),
-    sql.UniqueConstraint("study_id", "once"),
-)
-
-# What models wrote. `event_id` is the event that made the answer's unit count; both it and
-# `study_id` are null for an evaluation outside of any study.
-answers = sql.Table(
-    "answers",
-    metadata,
-    sql.Column("id", _Key, primary_key=True),
-    sql.Column("study_id", _Key, sql.ForeignKey("studies.id")),
-    sql.Column("event_id", _Key, sql.ForeignKey("events.id"), index=True),
-    sql.Column("candidate", sql.Text, nullable=False),  # "trial 17", "base", "uniform" …
-    sql.Column("task", sql.Text, nullable=False),
-    sql.Column("attempt", sql.Integer, nullable=False),
-    sql.Column("recipe_digest", sql.Text, nullable=False),
-    sql.Column("suite_digest", sql.Text, nullable=False),
-    sql.Column("version", sql.Text, nullable=False),  # the weights that wrote it, by the engine
-    sql.Column("prompt", sql.Text, nullable=False),
-    sql.Column("answer", sql.Text, nullable=False),
-    sql.Column("finish_reason", sql.Text, nullable=False),
-    sql.Column("seconds", sql.Float(53), nullable=False),
-    sql.UniqueConstraint("study_id", "candidate", "task", "attempt"),
-)
-
-grades = sql.Table(
-    "grades",
-    metadata,
-    sql.Column("id", _Key, primary_key=True),
-    sql.Column("answer_id", _Key, sql.ForeignKey("answers.id"), nullable=False, index=True),
-    sql.Column("scorer", sql.Text, nullable=False),
-    sql.Column("grade", sql.Float(53)),  # null: unscored
-    sql.Column("reply", sql.Text),  # a judge's raw reply
-)
-
 
 def open_database(directory: Path, url: str | None = None) -> Database:
     """The database of storage `directory`, or the one at `url`, with the tables of this version.
@@ -134,13 +75,20 @@ def open_database(directory: Path, url: str | None = None) -> Database:
 def open_for_reading(directory: Path, url: str | None = None) -> Database:
     """The database that is there, for queries alone: also where the disk is full or read-only.
 
-    Raises ConfigError as `open_database` does, and where it holds no tables of evomerge.
+    What an older evomerge wrote is brought up first, which needs a place to write. Raises
+    ConfigError as `open_database` does, and where it holds no tables of evomerge.
     """
     where = _place(directory, url)
     with _cannot_be_opened(where):
         engine = _sqlite_reader(directory) if url is None else sql.create_engine(url)
         with engine.connect() as connection:
-            _check_version(connection, where)
+            found = schema.found_version(connection)
+    if found is None:
+        raise ConfigError(f"{where}: holds no tables of evomerge")
+    _check_not_newer(found, where)
+    if found < schema.VERSION:
+        engine.dispose()
+        return open_database(directory, url)
     return engine
 
 
@@ -317,21 +265,20 @@ def _create_or_check(connection: sql.Connection, where: str) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     elif connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7313)")
-    if not sql.inspect(connection).has_table(schema_table.name):
-        metadata.create_all(connection)
-        connection.execute(sql.insert(schema_table).values(version=SCHEMA_VERSION))
-        return
-    _check_version(connection, where)
+    found = schema.found_version(connection)
+    if found is None:
+        schema.create(connection)
+    elif found < schema.VERSION:
+        schema.bring_up(connection, found)
+    else:
+        _check_not_newer(found, where)
 
 
-def _check_version(connection: sql.Connection, where: str) -> None:
-    if not sql.inspect(connection).has_table(schema_table.name):
-        raise ConfigError(f"{where}: holds no tables of evomerge")
-    found = connection.execute(sql.select(schema_table.c.version)).scalar()
-    if found != SCHEMA_VERSION:
+def _check_not_newer(found: int, where: str) -> None:
+    if found > schema.VERSION:
         raise ConfigError(
             f"{where}: its schema has version {found}, this evomerge knows version "
-            f"{SCHEMA_VERSION}; use the evomerge that wrote it, or another storage"
+            f"{schema.VERSION}; use the evomerge that wrote it, or another storage"
         )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sql
 
-from evomerge.database import answers, grades
 from evomerge.evaluate.suite import TaskResult
+from evomerge.schema import answers, grades
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sql
 
-from evomerge.database import Database, events, stops_the_run, studies
+from evomerge.database import Database, stops_the_run
 from evomerge.evaluate.ledger import UnitKey, grades_by_candidate, record
 from evomerge.evaluate.suite import TaskResult
+from evomerge.schema import events, studies
 
 Part: TypeAlias = Literal["search", "holdout"]
 Payload: TypeAlias = Mapping[str, Any]

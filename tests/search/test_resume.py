@@ -20,7 +20,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import load_study
 
-from evomerge.database import answers, events, grades, open_database
+from evomerge.database import open_database
+from evomerge.schema import answers, events, grades
 from evomerge.search.status import study_status
 from tests.search import formula
 

@@ -13,13 +13,14 @@ import pytest
 import sqlalchemy as sql
 import yaml
 
-from evomerge.database import answers, open_database
+from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import EngineConfig, GenerationSettings
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.materialize import materialize
 from evomerge.recipe import Recipe
+from evomerge.schema import answers
 from evomerge.search.evaluator import open_evaluator
 from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import resolve_study, what_changed

@@ -15,19 +15,12 @@ import pytest
 import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError
 
-from evomerge.database import (
-    SCHEMA_VERSION,
-    answers,
-    check_writable,
-    events,
-    grades,
-    metadata,
-    open_database,
-    open_for_reading,
-)
+from evomerge import schema
+from evomerge.database import check_writable, open_database, open_for_reading
 from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.suite import TaskResult
+from evomerge.schema import answers, events, grades
 from evomerge.search import log as event
 from evomerge.search.log import EventLog, Measurement
 from evomerge.search.loop import run_search
@@ -75,19 +68,21 @@ def test_the_database_is_sqlite_in_wal_mode_with_a_schema_version(tmp_path: Path
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         version = connection.exec_driver_sql("SELECT version FROM evomerge_schema").scalar()
     engine.dispose()
-    assert version == SCHEMA_VERSION == 1
-    assert set(metadata.tables) == {"evomerge_schema", "studies", "events", "answers", "grades"}
+    assert version == schema.VERSION == 2
+    tables = {"evomerge_schema", "studies", "events", "answers", "grades", "replies"}
+    assert set(schema.metadata.tables) == tables
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     open_database(tmp_path).dispose()
     with sqlite3.connect(tmp_path / "evomerge.db") as connection:
-        connection.execute("UPDATE evomerge_schema SET version = 2")
+        connection.execute("UPDATE evomerge_schema SET version = 3")
     connection.close()
-    with pytest.raises(
-        ConfigError, match="its schema has version 2, this evomerge knows version 1"
-    ):
-        open_database(tmp_path)
+    for open_it in (open_database, open_for_reading):
+        with pytest.raises(
+            ConfigError, match="its schema has version 3, this evomerge knows version 2"
+        ):
+            open_it(tmp_path)
 
 
 def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -287,16 +282,6 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
     with pytest.raises(RunError, match="writing failed"):
         write_whole(tmp_path / "absent" / "best.yaml", "")
-
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real PostgreSQL server of this test's own."""
-    pgserver = pytest.importorskip("pgserver")
-    pytest.importorskip("psycopg")
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
 
 
 def test_a_search_with_postgresql_is_the_search_with_sqlite(
