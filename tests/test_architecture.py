@@ -52,6 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     "matplotlib": {"report/radar.py"},
     "huggingface_hub": {"merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
+    "openai": {"evaluate/judge_client.py"},
     "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
     "pandas": set(),
     "peft": set(),
@@ -62,6 +63,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("database.py", "schema.py", "evaluate/ledger.py", "evaluate/replies.py"),
         "search/log.py",
     },
+    "tenacity": {"evaluate/judge_client.py"},
     "torch": {
         *("merge/checkpoint.py", "merge/inputs.py", "merge/kernels.py", "merge/lora.py"),
         *("merge/materialize.py", "merge/methods.py", "merge/moe.py", "merge/plan.py"),

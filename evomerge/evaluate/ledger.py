@@ -92,14 +92,14 @@ def _answer_row(
         "recipe_digest": unit.recipe_digest,
         "suite_digest": unit.suite_digest,
         "version": result.version,
-        "prompt": _storable(result.prompt),
-        "answer": _storable(result.answer),
+        "prompt": storable(result.prompt),
+        "answer": storable(result.answer),
         "finish_reason": result.finish_reason,
         "seconds": result.seconds,
     }
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """`text` with U+FFFD for what a database takes no text with: NUL, and halves of surrogates.
 
     PostgreSQL refuses the first, every driver the second; a broken merge may well write them.

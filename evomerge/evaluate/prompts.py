@@ -27,7 +27,7 @@ class Chat:
     template: str | None = None
 
 
-def render_template(template: str, fields: Mapping[str, str], where: str) -> str:
+def render_template(template: str, fields: Mapping[str, object], where: str) -> str:
     """The jinja text `template` filled with `fields`, in jinja's sandbox.
 
     Raises ConfigError, beginning with `where`, on a faulty template or an unknown field.

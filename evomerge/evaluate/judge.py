@@ -1,0 +1,390 @@
+"""The judge: language models that grade answers by a rubric, while the engine goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.database import Database
+from evomerge.errors import CandidateError, RunError
+from evomerge.evaluate.judge_client import Account, JudgeClient, RefusedError, Reply
+from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
+from evomerge.evaluate.judge_reply import read_verdict
+from evomerge.evaluate.local_judge import served
+from evomerge.evaluate.loop_thread import LoopThread
+from evomerge.evaluate.prompts import render_template
+from evomerge.evaluate.replies import Asked, Given, Known, Replies
+from evomerge.evaluate.task import GradeRequest, ScorerGrade, Usage
+
+# How often one answer is asked about before it is left without a grade.
+_TRIES = 3
+_UNSCORED_SHARE = 0.02
+# What calls in flight get to arrive, and be kept, when the run ends before them.
+_GRACE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What the judge is told: a Jinja template, and the whole numbers that it may give.
+
+    The template may use what the suite knows of the task (input, reference, category and its
+    further columns, as eval_aspect), the `answer`, and `turns`: all turns up to that answer, as
+    {user, answer}. `empty`: the grade of an answer without words, which the judge is then not asked
+    for; None: it is asked. `where` names the suite in messages.
+    """
+
+    prompt: str
+    low: int
+    high: int
+    empty: float | None = None
+    where: str = "suite"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a reply: the reason comes before the grade, so that it decides it."""
+        grade = {"type": "integer", "enum": list(range(self.low, self.high + 1))}
+        return {
+            "type": "object",
+            "properties": {"reason": {"type": "string"}, "grade": grade},
+            "required": ["reason", "grade"],
+            "additionalProperties": False,
+        }
+
+    def question(self, request: GradeRequest) -> str:
+        """The prompt about one answer. Raises ConfigError where the template is faulty."""
+        task = request.task
+        users = (task.user, *task.turns)
+        answers = (*request.earlier, request.answer)
+        fields: dict[str, Any] = {
+            **task.fields,
+            "id": task.id,
+            "category": task.category,
+            "input": task.input,
+            "reference": task.reference,
+            "answer": request.answer,
+            "turns": [
+                {"user": user, "answer": answer}
+                for user, answer in zip(users, answers, strict=False)
+            ],
+        }
+        return render_template(self.prompt, fields, f"{self.where}: judge")
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """A judge of the panel: `server` as it can be reached, `identity` what decides its grades."""
+
+    name: str
+    server: JudgeServer
+    key: str | None
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Opinion:
+    """One grading of one answer; `usage` None where it was known already."""
+
+    grade: float | None
+    reply: str = ""
+    usage: Usage | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class _Question:
+    seat: Seat
+    asked: Asked
+
+
+class Judge:
+    """Grades answers by a panel of language models (`evaluate.task.Grader`).
+
+    Every reply is in the database as soon as it is there, and is never asked for again. Of an
+    answer graded several times the grade is the mean over the judges of their means; without a
+    grade of one of them it has none.
+    """
+
+    name = "judge"
+
+    def __init__(
+        self, config: JudgeConfig, rubric: Rubric, seats: Sequence[Seat], replies: Replies
+    ) -> None:
+        self._config = config
+        self._rubric = rubric
+        self._seats = seats  # in the order of config.servers
+        self._replies = replies
+        self.low, self.high = float(rubric.low), float(rubric.high)
+        self._clients: dict[Seat, JudgeClient] = {}
+        self._calls: dict[str, asyncio.Task[_Opinion]] = {}
+        self._thread: LoopThread | None = None
+        # SQLite has one writer at a time: waiting for it must not hold up the network.
+        self._writer = ThreadPoolExecutor(max_workers=1)
+
+    def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
+        """A grade per item, in their order; see `evaluate.task.Grader`.
+
+        The future raises CandidateError where more than 2 % of the answers, and more than one, have
+        no grade; RunError where the judge cannot be reached or a limit of its cost is reached. No
+        call that was paid is lost by either.
+        """
+        questions = [self._questions(item) for item in items]
+        if self._thread is None:
+            # Not before it is needed: engines fork, which threads make unsafe.
+            self._thread = LoopThread()
+        return self._thread.submit(self._grade_all(items, questions))
+
+    def close(self) -> None:
+        """Lets calls in flight arrive for some seconds, then ends all."""
+        if self._thread is not None:
+            self._thread.submit(self._wind_up()).result()
+            self._thread.close()
+        self._writer.shutdown()
+        self._replies.close()
+
+    def _questions(self, item: GradeRequest) -> list[_Question]:
+        """Every grading that one answer gets; none where it is empty and that has its grade."""
+        if self._rubric.empty is not None and not item.answer.strip():
+            return []
+        prompt = self._rubric.question(item)
+        panel = self._config.panel(item.attempt)
+        places = map(self._config.servers.index, (self._config.first, *panel.others))
+        return [
+            self._question(self._seats[place], item, prompt, grading)
+            for place in places
+            for grading in range(panel.gradings)
+        ]
+
+    def _question(self, seat: Seat, item: GradeRequest, prompt: str, grading: int) -> _Question:
+        parts = [seat.identity, self._rubric.schema, prompt, item.attempt, grading]
+        text = json.dumps(parts, sort_keys=True)
+        asked = Asked(
+            key=hashlib.sha256(text.encode()).hexdigest(),
+            judge=seat.name,
+            host=seat.server.host,
+            settings=seat.identity,
+            task=item.task.id,
+            attempt=item.attempt,
+            grading=grading,
+            prompt=prompt,
+        )
+        return _Question(seat, asked)
+
+    async def _grade_all(
+        self, items: Sequence[GradeRequest], questions: Sequence[Sequence[_Question]]
+    ) -> list[ScorerGrade]:
+        opinions = await self._opinions([each for some in questions for each in some])
+        graded = [
+            self._grade(item, [(each, opinions[each.asked.key]) for each in some])
+            for item, some in zip(items, questions, strict=True)
+        ]
+        self._refuse_too_many_unscored(graded, list(opinions.values()))
+        return graded
+
+    async def _opinions(self, questions: Sequence[_Question]) -> dict[str, _Opinion]:
+        """key -> opinion: those that are known, then those that are asked for."""
+        by_key = {question.asked.key: question for question in questions}
+        # No `await` until every call is in `_calls`: so no two make the same one.
+        known = self._replies.look_up([key for key in by_key if key not in self._calls])
+        opinions: dict[str, _Opinion] = {}
+        waiting: dict[str, asyncio.Task[_Opinion]] = {}
+        for key, question in by_key.items():
+            found = known.get(key, Known())
+            if found.grade is not None:
+                opinions[key] = _Opinion(found.grade, found.reply)
+            else:
+                waiting[key] = self._calls.get(key) or self._begin_call(question, found.failures)
+        if waiting:
+            # All of them, whatever becomes of some: what is paid for is to be kept.
+            await asyncio.wait(waiting.values())
+            for error in [call.exception() for call in waiting.values()]:
+                if error is not None:
+                    raise error
+        return opinions | {key: call.result() for key, call in waiting.items()}
+
+    def _begin_call(self, question: _Question, failures: int) -> asyncio.Task[_Opinion]:
+        key = question.asked.key
+        call = asyncio.create_task(self._ask(question, failures))
+        self._calls[key] = call
+        call.add_done_callback(lambda _: self._calls.pop(key, None))
+        return call
+
+    async def _ask(self, question: _Question, failures: int) -> _Opinion:
+        """Asks until a reply has a grade; `failures` replies without one are there already."""
+        rubric, client = self._rubric, self._client(question.seat)
+        usage = Usage(0, 0)
+        for number in range(failures, _TRIES):
+            prompt = question.asked.prompt
+            if number:
+                # At temperature 0 the same words would get the same reply.
+                prompt += (
+                    f"\n\nEnd your reply with the grade: a whole number from {rubric.low} to "
+                    f"{rubric.high}. Be brief."
+                )
+            try:
+                reply = await client.ask(prompt, rubric.schema)
+            except RefusedError as error:
+                return _Opinion(None, refused=str(error))
+            given = self._given(reply)
+            await asyncio.get_running_loop().run_in_executor(
+                self._writer, self._replies.add, question.asked, given
+            )
+            usage = _sum(usage, reply)
+            if given.grade is not None:
+                return _Opinion(given.grade, reply.text, usage)
+        return _Opinion(None, usage=usage)
+
+    def _given(self, reply: Reply) -> Given:
+        # What was cut may have ended in a number that is no grade.
+        whole = reply.finish_reason not in ("length", "content_filter")
+        verdict = read_verdict(reply.text, self._rubric.low, self._rubric.high) if whole else None
+        return Given(
+            reply=reply.text,
+            finish_reason=reply.finish_reason,
+            grade=verdict.grade if verdict else None,
+            reason=verdict.reason if verdict else "",
+            seconds=reply.seconds,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            cost=reply.cost,
+        )
+
+    def _grade(
+        self, item: GradeRequest, opinions: Sequence[tuple[_Question, _Opinion]]
+    ) -> ScorerGrade:
+        turn = len(item.earlier)
+        if not opinions:
+            return ScorerGrade(self.name, self._rubric.empty, turn=turn)
+        by_judge: dict[Seat, list[float]] = {}
+        for question, opinion in opinions:
+            grades = by_judge.setdefault(question.seat, [])
+            grades += [opinion.grade] if opinion.grade is not None else []
+        return ScorerGrade(
+            scorer=self.name,
+            grade=_mean([_mean(grades) for grades in by_judge.values()]),
+            reply=_all_replies(opinions),
+            usage=_all_usage([opinion.usage for _, opinion in opinions]),
+            turn=turn,
+        )
+
+    def _refuse_too_many_unscored(
+        self, graded: Sequence[ScorerGrade], opinions: Sequence[_Opinion]
+    ) -> None:
+        """Raises CandidateError where the score would rest on too few answers.
+
+        RunError where the judge took no question at all: that is no matter of one candidate.
+        """
+        refused = [opinion.refused for opinion in opinions if opinion.refused is not None]
+        if len(refused) > 1 and len(refused) == len(opinions):
+            raise RunError(f"no answer was taken to be graded: {refused[-1]}")
+        unscored = sum(one.grade is None for one in graded)
+        allowed = max(1, int(_UNSCORED_SHARE * len(graded)))
+        if unscored > allowed:
+            why = f": {refused[-1]}" if refused else ": the judge's replies hold no grade"
+            raise CandidateError(
+                f"{unscored} of {len(graded)} answers could not be graded, "
+                f"{allowed} at most may be left out{why}"
+            )
+
+    def _client(self, seat: Seat) -> JudgeClient:
+        if seat not in self._clients:
+            spent = self._replies.spent(seat.name)
+            account = Account(spent.tokens, spent.cost)
+            self._clients[seat] = JudgeClient(seat.server, seat.key, account)
+        return self._clients[seat]
+
+    async def _wind_up(self) -> None:
+        for client in self._clients.values():
+            client.stop("the run is at its end")
+        if self._calls:
+            await asyncio.wait(self._calls.values(), timeout=_GRACE_SECONDS)
+        for client in self._clients.values():
+            await client.close()
+
+
+@contextmanager
+def open_judge(
+    config: JudgeConfig,
+    rubric: Rubric,
+    *,
+    open_database: Callable[[], Database],
+    payer: str | None,
+    folder: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Iterator[Judge]:
+    """The judge of `config`, reached, for the block; local ones are served until its end.
+
+    `open_database` gives the database of the replies, on first use; `payer` is the study whose
+    limits count, None for an evaluation; relative paths start at `folder`. Raises ConfigError
+    where a key's variable is not set, and where a judge cannot be reached or is not there.
+    """
+    keys = [key_of(server, environment) for server in config.servers]
+    with ExitStack() as stack:
+        seats = [
+            Seat(
+                server.name,
+                stack.enter_context(served(server, folder, say)),
+                key,
+                server.identity(folder),
+            )
+            for server, key in zip(config.servers, keys, strict=True)
+        ]
+        with LoopThread() as thread:
+            for seat in seats:
+                thread.submit(_check(seat, say)).result()
+        judge = Judge(config, rubric, seats, Replies(open_database, payer))
+        stack.callback(judge.close)
+        yield judge
+
+
+async def _check(seat: Seat, say: Callable[[str], None]) -> None:
+    client = JudgeClient(seat.server, seat.key, Account())
+    try:
+        await client.check(say)
+    finally:
+        await client.close()
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is there; None where nothing is, or where a value is None."""
+    found = [value for value in values if value is not None]
+    return math.fsum(found) / len(found) if found and len(found) == len(values) else None
+
+
+def _sum(usage: Usage, reply: Reply) -> Usage:
+    cost = None if reply.cost is None else reply.cost + (usage.cost or 0.0)
+    return Usage(
+        usage.prompt_tokens + reply.prompt_tokens,
+        usage.completion_tokens + reply.completion_tokens,
+        cost,
+    )
+
+
+def _all_usage(usages: Sequence[Usage | None]) -> Usage | None:
+    paid = [usage for usage in usages if usage is not None]
+    if not paid:
+        return None
+    costs = [usage.cost for usage in paid if usage.cost is not None]
+    return Usage(
+        sum(usage.prompt_tokens for usage in paid),
+        sum(usage.completion_tokens for usage in paid),
+        math.fsum(costs) if costs else None,
+    )
+
+
+def _all_replies(opinions: Sequence[tuple[_Question, _Opinion]]) -> str:
+    """One reply as it is; several one under the other, each below its judge."""
+    if len(opinions) == 1:
+        return opinions[0][1].reply
+    return "\n\n".join(
+        f"[{question.seat.name}, grading {question.asked.grading + 1}]\n{opinion.reply}"
+        for question, opinion in opinions
+    )

@@ -1,0 +1,137 @@
+"""A judge that this machine serves itself: vLLM's own server, on loopback, while it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.judge_config import JudgeServer
+
+_SERVED_NAME = "judge"
+_LONGEST_START_SECONDS = 1800.0
+_LONGEST_END_SECONDS = 30.0
+_LINES_TOLD = 15
+
+# The server ends when we do, even if we are killed: Linux tells it (PR_SET_PDEATHSIG, which the new
+# program keeps). Asked for here and not between fork and exec, where threads make Python unsafe.
+_LAUNCHER = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the process that wanted a judge is gone")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@contextlib.contextmanager
+def served(server: JudgeServer, folder: Path, say: Callable[[str], None]) -> Iterator[JudgeServer]:
+    """`server` as it can be reached: one with `local` is served for the block, others are as given.
+
+    A relative path of the model starts at `folder`. Raises ConfigError where vLLM is not installed
+    or does not serve the model, with the end of what it wrote.
+    """
+    if server.local is None:
+        yield server
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"judge: local: {server.local}: vLLM serves it, which is not installed here: "
+            "pip install 'evomerge[vllm]'"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}/v1"
+    say(f"judge: vLLM serves {server.local} at {url}")
+    with tempfile.TemporaryFile() as written:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER, str(os.getpid()), *_command(server, folder, port)],
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=_environment(server),
+            start_new_session=True,  # Ctrl-C is for us: we end it
+        )
+        try:
+            _wait_until_ready(process, f"http://127.0.0.1:{port}/health", server, written)
+            update = {"model": _SERVED_NAME, "local": None, "base_url": url}
+            yield server.model_copy(update=update)
+        finally:
+            _end(process)
+
+
+def _command(server: JudgeServer, folder: Path, port: int) -> list[str]:
+    """vLLM's server with the judge's options, which are fields of its own."""
+    assert server.local is not None
+    path = folder / Path(server.local).expanduser()
+    arguments = {
+        "model": str(path) if path.is_dir() else server.local,
+        "served-model-name": _SERVED_NAME,
+        "host": "127.0.0.1",
+        "port": str(port),
+    }
+    command = ["-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in (arguments | dict(server.options)).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [flag] if value else []
+        else:
+            command += [flag, str(value)]
+    return command
+
+
+def _environment(server: JudgeServer) -> Mapping[str, str]:
+    chosen = {} if server.gpu is None else {"CUDA_VISIBLE_DEVICES": str(server.gpu)}
+    return os.environ | chosen
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], url: str, server: JudgeServer, written: IO[bytes]
+) -> None:
+    """Returns when the server answers. Raises ConfigError where it ends instead."""
+    start = time.monotonic()
+    while time.monotonic() - start < _LONGEST_START_SECONDS:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.25)
+    raise ConfigError(
+        f"judge: local: vLLM does not serve {server.local}; the end of what it wrote:\n"
+        f"{_last_lines(written)}"
+    )
+
+
+def _last_lines(written: IO[bytes]) -> str:
+    written.seek(0)
+    lines = written.read().decode(errors="replace").splitlines()
+    return "\n".join(lines[-_LINES_TOLD:])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and what it started: they are of one session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LONGEST_END_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
