@@ -1,0 +1,132 @@
+"""How close grading comes to its ideal: a judge of 1 s latency, the cache, recorded judge texts.
+
+    .venv/bin/python scripts/bench_judge.py [RECORDED.jsonl]
+
+A local HTTP server stands for the judge: every reply takes it one second. RECORDED holds one
+{"judge_output", "score"} per line. Exit status 1 where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from evomerge.database import open_database
+from evomerge.evaluate.judge import Rubric, open_judge
+from evomerge.evaluate.judge_config import judge_from_mapping
+from evomerge.evaluate.judge_reply import read_verdict
+from evomerge.evaluate.task import GradeRequest, Task
+
+ANSWERS, AT_ONCE, LATENCY = 100, 32, 1.0
+
+
+class SlowJudge(BaseHTTPRequestHandler):
+    """Replies with the same grade, a second later."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._send({"object": "list", "data": [{"id": "slow", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(LATENCY)
+        message = {"role": "assistant", "content": '{"reason": "fine", "grade": 4}'}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        usage = {"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020}
+        self._send({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+    def _send(self, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing."""
+
+
+class Server(ThreadingHTTPServer):
+    """One thread per connection, and as many waiting as are allowed at once."""
+
+    daemon_threads = True
+    request_queue_size = 2 * AT_ONCE
+
+
+def requests(count: int) -> list[GradeRequest]:
+    """Answers of the size that elyza-tasks-100's have."""
+    return [
+        GradeRequest(
+            Task(str(number), "質問" * 50, "正解" * 70, "all", "?", {"eval_aspect": "観点" * 55}),
+            f"答え {number} " * 60,
+            0,
+        )
+        for number in range(count)
+    ]
+
+
+def graded_in(url: str, storage: Path, items: list[GradeRequest]) -> float:
+    """Seconds from the answers to their grades."""
+    rubric = Rubric("{{ input }}\n{{ reference }}\n{{ eval_aspect }}\n{{ answer }}", 1, 5)
+    config = {"model": "slow", "base_url": url, "concurrency": AT_ONCE}
+    with open_judge(
+        judge_from_mapping(config, "bench"),
+        rubric,
+        open_database=lambda: open_database(storage),
+        payer=None,
+        folder=storage,
+        environment={},
+        say=lambda line: None,
+    ) as judge:
+        judge.grade_all(items[:0]).result()  # its thread runs
+        start = time.perf_counter()
+        judge.grade_all(items).result()
+        return time.perf_counter() - start
+
+
+def main() -> int:
+    """Prints a line per bar; 1 where one is missed."""
+    server = Server(("127.0.0.1", 0), SlowJudge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Path(folder)
+        seconds = graded_in(url, storage, requests(ANSWERS))
+        rounds = math.ceil(ANSWERS / AT_ONCE) * LATENCY
+        flow = ANSWERS / AT_ONCE * LATENCY
+        print(
+            f"{ANSWERS} answers, {AT_ONCE} at once, {LATENCY:g} s each: {seconds:.2f} s, "
+            f"{seconds / rounds:.3f} of {rounds:g} s in whole rounds, {seconds / flow:.3f} of "
+            f"{flow:g} s"
+        )
+        # All different, so that each is a look-up of its own.
+        hits = ANSWERS / graded_in(url, storage, requests(ANSWERS))
+        print(f"cache hits: {hits:.0f} a second")
+    server.shutdown()
+    right = parsed(Path(sys.argv[1])) if len(sys.argv) > 1 else True
+    return 0 if seconds <= 1.2 * rounds and hits > 2000 and right else 1
+
+
+def parsed(path: Path) -> bool:
+    """Whether every recorded text gives the recorded score."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    verdicts = [read_verdict(row["judge_output"], 1, 5) for row in rows]
+    right = sum(
+        verdict is not None and verdict.grade == row["score"]
+        for verdict, row in zip(verdicts, rows, strict=True)
+    )
+    print(f"recorded judge texts: {right} of {len(rows)} right")
+    return right == len(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
