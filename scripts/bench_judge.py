@@ -121,7 +121,7 @@ def parsed(path: Path) -> bool:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     verdicts = [read_verdict(row["judge_output"], 1, 5) for row in rows]
     right = sum(
-        verdict is not None and verdict.grade == row["score"]
+        int(verdict is not None and verdict.grade == row["score"])
         for verdict, row in zip(verdicts, rows, strict=True)
     )
     print(f"recorded judge texts: {right} of {len(rows)} right")
