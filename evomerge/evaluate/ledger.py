@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sql
 
-from evomerge.evaluate.suite import TaskResult
+from evomerge.evaluate.task import ScorerGrade, TaskResult
 from evomerge.schema import answers, grades
 
 
@@ -44,15 +45,28 @@ def record(
     query = sql.select(answers.c.task, answers.c.id).where(answers.c.event_id == event_id)
     ids = {row.task: row.id for row in connection.execute(query)}
     graded = [
-        {
-            "answer_id": ids[result.task_id],
-            "scorer": unit.scorer,
-            "grade": result.grade,
-            "reply": None,
-        }
-        for result in results
+        row for result in results for row in _grade_rows(ids[result.task_id], unit.scorer, result)
     ]
     connection.execute(sql.insert(grades), graded)
+
+
+def _grade_rows(answer_id: int, scorer: str, result: TaskResult) -> list[dict[str, object]]:
+    """The answer's grade, and the grades that it is made of."""
+    total = ScorerGrade(scorer, result.grade)
+    return [
+        {
+            "answer_id": answer_id,
+            "scorer": one.scorer,
+            "grade": one.grade,
+            "reply": None if one.reply is None else storable(one.reply),
+            "total": one is total,
+            "turn": one.turn,
+            "prompt_tokens": one.usage.prompt_tokens if one.usage else None,
+            "completion_tokens": one.usage.completion_tokens if one.usage else None,
+            "cost": one.usage.cost if one.usage else None,
+        }
+        for one in (total, *result.details)
+    ]
 
 
 def mean_grade(results: Sequence[TaskResult]) -> float | None:
@@ -71,7 +85,7 @@ def grades_by_candidate(
     query = (
         sql.select(answers.c.candidate, answers.c.task, grades.c.grade)
         .join(grades, grades.c.answer_id == answers.c.id)
-        .where(answers.c.study_id == study_id, answers.c.candidate.in_(candidates))
+        .where(answers.c.study_id == study_id, answers.c.candidate.in_(candidates), grades.c.total)
         .order_by(answers.c.id)
     )
     found: dict[str, dict[str, float | None]] = {}
@@ -96,6 +110,8 @@ def _answer_row(
         "answer": storable(result.answer),
         "finish_reason": result.finish_reason,
         "seconds": result.seconds,
+        "earlier": json.dumps([storable(text) for text in result.earlier], ensure_ascii=False),
+        "gates": json.dumps(list(result.gates)),
     }
 
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from evomerge import schema
 from evomerge.database import check_writable, open_database, open_for_reading
 from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
-from evomerge.evaluate.suite import TaskResult
+from evomerge.evaluate.task import ScorerGrade, TaskResult, Usage
 from evomerge.schema import answers, events, grades
 from evomerge.search import log as event
 from evomerge.search.log import EventLog, Measurement
@@ -71,6 +72,30 @@ def test_the_database_is_sqlite_in_wal_mode_with_a_schema_version(tmp_path: Path
     assert version == schema.VERSION == 2
     tables = {"evomerge_schema", "studies", "events", "answers", "grades", "replies"}
     assert set(schema.metadata.tables) == tables
+
+
+def test_a_grade_is_kept_with_what_it_is_made_of(log: EventLog, tmp_path: Path) -> None:
+    parts = (
+        ScorerGrade("judge", 4.0, "GRADE: 4\0", Usage(100, 10, 0.5), turn=1),
+        ScorerGrade("chrf", 0.25),
+    )
+    one = replace(result("a", 0.7), details=parts, gates=("length",), earlier=("first",))
+    log.append(scored("trial 0", [one, result("b", 0.2)]))
+    assert log.grades(["trial 0"]) == {"trial 0": {"a": 0.7, "b": 0.2}}
+    engine = open_database(tmp_path)
+    with engine.connect() as connection:
+        rows = connection.execute(sql.select(grades).order_by(grades.c.id)).all()
+        answer = connection.execute(sql.select(answers).order_by(answers.c.id)).first()
+    engine.dispose()
+    assert [(row.scorer, row.grade, row.total, row.turn) for row in rows] == [
+        ("exact", 0.7, True, 0),
+        ("judge", 4.0, False, 1),
+        ("chrf", 0.25, False, 0),
+        ("exact", 0.2, True, 0),
+    ]
+    assert (rows[1].reply, rows[1].prompt_tokens, rows[1].cost) == ("GRADE: 4\ufffd", 100, 0.5)
+    assert answer is not None
+    assert (answer.gates, answer.earlier) == ('["length"]', '["first"]')
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
