@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from evomerge.merge.checkpoint import ShardedOutput, published
+from evomerge.merge.checkpoint import ShardedOutput, bytes_of, published
+from evomerge.merge.dtypes import BFLOAT16, DType
 from evomerge.merge.materialize import materialize
 from evomerge.recipe import read_recipe
 
@@ -153,7 +154,7 @@ class Pair:
 class _Spec:
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.bfloat16
+    dtype: DType = BFLOAT16
 
 
 def main() -> None:
@@ -244,7 +245,7 @@ def _write_model(directory: Path, shape: Shape, shard_bytes: int, seed: int) -> 
                 numbers = torch.zeros(count)
                 for scale, stream in zip((0.02, 0.002), streams, strict=False):
                     numbers += scale * torch.randn(count, generator=stream)
-                output.write(spec.name, start, numbers.to(spec.dtype))
+                output.write(spec.name, start, bytes_of(numbers.to(spec.dtype.torch)))
     (directory / "config.json").write_text(json.dumps(shape.config(), indent=2))
     words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings
 from evomerge.engine.tokenizer import Tokenizer
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.dtypes import dtype_of
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan, make_plan
 from evomerge.merge.recall import Statistics
@@ -33,7 +32,7 @@ class PlanningEngine(Engine):
         self._served_tokenizer = Tokenizer(config.model, trust_remote_code=self.trusts_remote_code)
         self.tokenizer = self._served_tokenizer
         self.statistics = Statistics()
-        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._dtype = dtype_of(config.dtype)
         self._served = _shapes(self.plan(self._plain_recipe()))
 
     @property

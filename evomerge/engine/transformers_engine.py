@@ -98,8 +98,8 @@ class TransformersEngine(PlanningEngine):
             ]
             into = parameters[entry.name].data
             # Some parameters are kept in a wider dtype than the model on disk has them in.
-            rounded = into.dtype == entry.dtype
-            out = into if rounded else torch.empty_like(into, dtype=entry.dtype)
+            rounded = into.dtype == entry.dtype.torch
+            out = into if rounded else torch.empty_like(into, dtype=entry.dtype.torch)
             recall = self.statistics.of(entry.inputs)
             merge_entry(out, entry, inputs, recall=recall, compiled=self._compiled)
             if has_overflow(out):

@@ -27,9 +27,10 @@ from evomerge.engine.vllm_private import (
     unpack_cpu_layers,
 )
 from evomerge.errors import CandidateError, EvomergeError
+from evomerge.merge.blends import Blend
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.kernels import compile_pays, fill_pieces, merge_into, prepare
-from evomerge.merge.methods import Blend, has_overflow
+from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, PlanEntry, make_plan
 from evomerge.merge.recall import Statistics
 from evomerge.recipe import recipe_from_mapping
@@ -161,10 +162,10 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
             return self._blend(place, entry, ready)
         whole = View.whole(entry.shape)
         direct = place.part == whole and place.into.is_contiguous()
-        if direct and place.into.dtype == entry.dtype:
+        if direct and place.into.dtype == entry.dtype.torch:
             fill_pieces(place.into, ready)
         else:
-            out = torch.empty(entry.shape, dtype=entry.dtype, device=self.sources.device)
+            out = torch.empty(entry.shape, dtype=entry.dtype.torch, device=self.sources.device)
             fill_pieces(out, ready)
             place.into.copy_(place.part.of(out))
         return not has_overflow(place.into)
@@ -179,15 +180,15 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
     def _blend(self, place: Destination, entry: PlanEntry, blend: Blend) -> bool:
         keys = [(source.model, source.name, place.part) for source in entry.inputs]
         inputs = [self.sources.part(*key) for key in keys]
-        rounded = place.into.dtype == entry.dtype
-        out = place.into if rounded else torch.empty_like(place.into, dtype=entry.dtype)
+        rounded = place.into.dtype == entry.dtype.torch
+        out = place.into if rounded else torch.empty_like(place.into, dtype=entry.dtype.torch)
         merge_into(out, blend.kernel, inputs, blend.weights, compiled=self.compiled)
         if not rounded:
             place.into.copy_(out)
         # A bound on the result from the inputs' magnitudes, known since the first candidate, spares
         # reading the result again.
         bound = largest_possible(blend, [self.sources.largest(*key) for key in keys])
-        return bound < torch.finfo(entry.dtype).max or not has_overflow(out)
+        return bound < torch.finfo(entry.dtype.torch).max or not has_overflow(out)
 
     def shutdown(self) -> None:
         """Nothing is held that the process does not give back."""

@@ -111,6 +111,11 @@ class Architecture:
         section = value_at(self.config, text_section(self.config))
         return _first_said(key, (self.config, section))
 
+    def is_by_token(self, name: str) -> bool:
+        """Whether its tensor of that name has one row per token."""
+        bias = self.head.removesuffix("weight") + "bias"
+        return name in (self.embedding, self.head, bias)
+
     @cached_property
     def embedding_header(self) -> TensorHeader:
         """The token embeddings, in whichever module they lie."""

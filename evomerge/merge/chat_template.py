@@ -10,13 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from jinja2 import TemplateSyntaxError
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATE_FILE = "chat_template.jinja"
 _LEGACY_FILE = "chat_template.json"
@@ -170,11 +169,10 @@ def _check_template(template: str) -> None:
             f"chat_template: {template!r} is neither a known name nor a Jinja template (at least "
             f"{_SHORTEST} characters with a '{{'){nearest(template, names)}"
         )
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
+    from jinja2 import TemplateSyntaxError  # few recipes need it, and its import takes a while
+
     try:
-        environment.from_string(template)
+        _environment().from_string(template)
     except TemplateSyntaxError as error:
         lines = template.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
@@ -183,11 +181,20 @@ def _check_template(template: str) -> None:
         ) from error
 
 
-class _Generation(Extension):
-    """transformers' {% generation %} blocks, which mark what the assistant wrote."""
+def _environment() -> Environment:
+    """What transformers compiles templates with."""
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    tags = {"generation"}  # noqa: RUF012  (so it is declared in jinja)
+    class Generation(Extension):
+        """transformers' {% generation %} blocks, which mark what the assistant wrote."""
 
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        tags = {"generation"}  # noqa: RUF012  (so it is declared in jinja)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )

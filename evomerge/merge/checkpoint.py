@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -16,13 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import safetensors
-import torch
-from torch import Tensor
-
 from evomerge.errors import ConfigError, OutputExistsError, RunError
+from evomerge.merge.dtypes import BY_CODE, DType, dtype_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from evomerge.merge.architecture import Architecture
 
 CONFIG_FILE = "config.json"
@@ -30,6 +30,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
+ADAPTER_CONFIG = "adapter_config.json"
 MARKER_FILE = ".evomerge-partial"
 
 # Any one of them is enough to make a tokenizer from.
@@ -53,21 +54,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -79,7 +65,7 @@ class TensorHeader:
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     file: Path
     begin: int
@@ -91,7 +77,7 @@ class TensorSpec(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
 
@@ -154,7 +140,10 @@ class Checkpoint:
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, header in sorted(self.tensors.items()):
-            digest.update(f"{name} {header.dtype} {header.shape} {header.file.name}\n".encode())
+            # With the names that types had in studies before.
+            digest.update(
+                f"{name} torch.{header.dtype} {header.shape} {header.file.name}\n".encode()
+            )
         for file in self.files:
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -198,13 +187,12 @@ class InputFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def read(self, tensor: TensorHeader, start: int, piece: Tensor) -> None:
-        """Fills the vector `piece`, of the tensor's dtype, with its flat elements from `start` on.
+    def read(self, tensor: TensorHeader, start: int, piece: memoryview) -> None:
+        """Fills `piece` with the bytes of the tensor's flat elements from `start` on.
 
         Raises ConfigError where the file cannot be read or has become shorter.
         """
-        assert tensor.dtype == piece.dtype
-        rest, place = _bytes_of(piece), tensor.begin + start * piece.itemsize
+        rest, place = piece, tensor.begin + start * tensor.dtype.itemsize
         try:
             descriptor = self._opened(tensor.file)
             while rest:
@@ -258,14 +246,13 @@ class ShardedOutput:
             if kind is None and list(self._shards) != [SINGLE_FILE]:
                 _write_index(self._directory / INDEX_FILE, self._shards)
 
-    def write(self, name: str, start: int, numbers: Tensor) -> None:
-        """Puts `numbers` into tensor `name`, as its flat elements from `start` on.
+    def write(self, name: str, start: int, numbers: memoryview) -> None:
+        """Puts the bytes of `numbers` into tensor `name`, as its flat elements from `start` on.
 
-        They are a contiguous tensor on the CPU, of the dtype that was specified. Raises RunError
-        where the disk fails or is full.
+        Raises RunError where the disk fails or is full.
         """
         with self._disk_failures_named():
-            self._file_of[name].write(name, start * numbers.itemsize, _bytes_of(numbers))
+            self._file_of[name].write(name, start, numbers)
 
     @contextmanager
     def _disk_failures_named(self) -> Iterator[None]:
@@ -288,11 +275,13 @@ class _OutputFile:
         self.path = path
         self.missing = total_bytes(specs)
         self._places = {name: len(header) + offset for name, offset in offsets.items()}
+        self._itemsizes = {spec.name: spec.dtype.itemsize for spec in specs}
         self._descriptor: int | None = None
         self._lock = threading.Lock()
 
-    def write(self, name: str, offset: int, numbers: memoryview) -> None:
-        descriptor, place, rest = self._opened(), self._places[name] + offset, numbers
+    def write(self, name: str, start: int, numbers: memoryview) -> None:
+        descriptor, rest = self._opened(), numbers
+        place = self._places[name] + start * self._itemsizes[name]
         while rest:
             count = os.pwrite(descriptor, rest, place)
             rest, place = rest[count:], place + count
@@ -331,8 +320,9 @@ def write_sharded(
         for spec in specs:
             name, tensor = next(stream)
             expected = (spec.name, spec.dtype, tuple(spec.shape))
-            assert (name, tensor.dtype, tuple(tensor.shape)) == expected, (name, expected)
-            output.write(name, 0, tensor.detach().cpu().contiguous())
+            told = (name, dtype_of(tensor.dtype), tuple(tensor.shape))
+            assert told == expected, (told, expected)
+            output.write(name, 0, bytes_of(tensor.detach().cpu().contiguous()))
             del tensor
         assert next(stream, None) is None, "more tensors than specs"
 
@@ -433,7 +423,7 @@ def _read_headers(file: Path) -> dict[str, TensorHeader]:
     tensors, places = {}, {}
     for name, entry in header.items():
         try:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            dtype, shape = BY_CODE[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{file}: tensor {name} has a broken header: {error!r}") from error
@@ -471,6 +461,8 @@ def _check_places(
 
 
 def _open_tensors(file: Path) -> Any:
+    import safetensors
+
     try:
         return safetensors.safe_open(file, framework="pt")
     except safetensors.SafetensorError as error:  # of what our own checks of headers let through
@@ -524,7 +516,7 @@ def _no_weights_message(directory: Path) -> str:
 
 
 def _num_bytes(spec: TensorSpec) -> int:
-    return spec.dtype.itemsize * int(torch.Size(spec.shape).numel())
+    return spec.dtype.itemsize * math.prod(spec.shape)
 
 
 def _cut_into_shards(
@@ -559,7 +551,7 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
         offsets[spec.name] = place
         end = place + _num_bytes(spec)
         entries[spec.name] = {
-            "dtype": _DTYPE_CODES[spec.dtype],
+            "dtype": spec.dtype.code,
             "shape": list(spec.shape),
             "data_offsets": [place, end],
         }
@@ -569,7 +561,10 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _bytes_of(numbers: Tensor) -> memoryview:
+def bytes_of(numbers: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
     view: memoryview = numbers.view(-1).view(torch.uint8).numpy().data
     return view
 

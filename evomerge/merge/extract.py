@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError
 from evomerge.merge.checkpoint import (
+    ADAPTER_CONFIG,
     SINGLE_FILE,
     Checkpoint,
     TensorHeader,
@@ -24,13 +25,10 @@ from evomerge.merge.checkpoint import (
     published,
     write_sharded,
 )
-from evomerge.merge.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from evomerge.merge.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from evomerge.merge.lora import ADAPTER_WEIGHTS
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {dtype.name: dtype for dtype in (FLOAT32, BFLOAT16, FLOAT16)}
 
 # Up to this many rows or columns the whole decomposition costs less than a second.
 _EXACT_SIZE = 512
@@ -97,7 +95,7 @@ class _Factors:
 @dataclass(frozen=True)
 class _Spec:
     name: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
 
 
@@ -333,8 +331,8 @@ def _factors(delta: Tensor, rank: int, explained: float) -> _Factors:
     )
 
 
-def _stored(factors: _Factors, dtype: torch.dtype) -> _Factors:
-    a, b = factors.a.to(dtype).contiguous(), factors.b.to(dtype).contiguous()
+def _stored(factors: _Factors, dtype: DType) -> _Factors:
+    a, b = factors.a.to(dtype.torch).contiguous(), factors.b.to(dtype.torch).contiguous()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ConfigError(f"--dtype: {dtype} cannot hold the factors; use float32 or bfloat16")
     return _Factors(a, b, factors.energy, factors.kept)
@@ -388,7 +386,7 @@ def _write(
     *,
     fine: Checkpoint,
     whole: Sequence[str],
-    dtype: torch.dtype,
+    dtype: DType,
 ) -> None:
     specs: list[_Spec] = []
     for module, found in factors.items():

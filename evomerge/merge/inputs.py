@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from evomerge.errors import ConfigError, shown
 from evomerge.merge.checkpoint import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     TOKENIZER_FILES,
     Checkpoint,
@@ -27,7 +28,6 @@ from evomerge.merge.checkpoint import (
     published,
     require_tokenizer,
 )
-from evomerge.merge.lora import ADAPTER_CONFIG, apply_adapter
 
 Result = TypeVar("Result")
 
@@ -154,6 +154,8 @@ class InputModels:
         content = Checkpoint.open(model).fingerprint() + _content_of(adapter)
         kept = self._kept(f"{_bare(model.name)}+{_bare(adapter.name)}", content)
         if not kept.is_dir():
+            from evomerge.merge.lora import apply_adapter  # imports torch
+
             self.say(f"applying {adapter.name} to {model.name} (kept in {kept})")
             apply_adapter(model, adapter, kept)
         return kept

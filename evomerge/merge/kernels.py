@@ -13,26 +13,19 @@ import shutil
 import sysconfig
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.merge.methods import (
-    KERNELS,
-    METHODS,
-    Blend,
-    Kernel,
-    Pieces,
-    Recall,
-    recall_nothing,
-    weight_words,
-    working_dtype,
-)
-from evomerge.merge.plan import PlanEntry
+from evomerge.merge.blends import METHODS, Blend, Pieces, Recall, recall_nothing
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.dtypes import FLOAT64, DType
+from evomerge.merge.methods import KERNELS, Kernel, has_overflow, weight_words, working_dtype
+from evomerge.merge.plan import MergePlan, PlanEntry
 
 # The float32 temporaries of a chunk fit into a core's second-level cache, and torch does not split
 # so few elements over threads: on busy cores those wait for each other (0.1 s against up to 9 s).
@@ -119,7 +112,7 @@ def prepare(entry: PlanEntry, inputs: Sequence[Tensor], recall: Recall) -> Blend
     Raises CandidateError where the entry's numbers give no tensor.
     """
     if entry.numbers is None:
-        return Blend(cast(Any, entry.method), entry.weights)
+        return entry.blend
     base, others = (inputs[0], inputs[1:]) if entry.has_base else (None, inputs)
     try:
         with torch.no_grad():
@@ -137,6 +130,82 @@ def fill_pieces(out: Tensor, pieces: Pieces) -> None:
         for start in range(0, flat.numel(), size):
             stop = min(start + size, flat.numel())
             pieces.fill(flat[start:stop], start, stop)
+
+
+def merged_tensors(
+    plan: MergePlan, checkpoints: Mapping[str, Checkpoint]
+) -> Iterator[tuple[str, Tensor]]:
+    """The plan's output tensors on the CPU, one after another, in the order of its entries.
+
+    Raises CandidateError where a number of the output is NaN or infinite.
+    """
+    for entry in plan.entries:
+        inputs = plan.read_inputs(entry, checkpoints)
+        out = torch.empty(entry.shape, dtype=entry.dtype.torch)
+        merge_entry(out, entry, inputs)
+        if has_overflow(out):
+            raise CandidateError(f"{entry.name}: has NaN or infinite numbers after the merge")
+        yield entry.name, out
+
+
+def blend_bytes(
+    blend: Blend,
+    inputs: Sequence[memoryview],
+    dtypes: Sequence[DType],
+    out: memoryview,
+    dtype: DType,
+) -> bool:
+    """Fills the bytes `out` with a piece of a blend; whether all numbers of it are finite.
+
+    What `native.NativeBlend` does, by torch: eagerly, for numbers of any type.
+    """
+    tensors = [_tensor(one, its) for one, its in zip(inputs, dtypes, strict=True)]
+    target = _tensor(out, dtype)
+    words = _words(blend.weights, FLOAT64 in (dtype, *dtypes))
+    with torch.no_grad():
+        KERNELS[blend.kernel](target, tensors, words)
+    return not has_overflow(target)
+
+
+def piece_bytes(pieces: Pieces, start: int, stop: int, out: memoryview, dtype: DType) -> bool:
+    """Fills the bytes `out` with the elements [start, stop); whether all of them are finite."""
+    target = _tensor(out, dtype)
+    with torch.no_grad():
+        pieces.fill(target, start, stop)
+    return not has_overflow(target)
+
+
+def _tensor(memory: memoryview, dtype: DType) -> Tensor:
+    return torch.frombuffer(memory, dtype=dtype.torch)
+
+
+@functools.lru_cache(maxsize=64)  # the pieces of a tensor ask one after another
+def _words(weights: tuple[float, ...], wide: bool) -> Tensor:
+    return weight_words(weights, torch.float64 if wide else torch.float32)
+
+
+def use_one_thread() -> None:
+    """torch computes in this thread alone when it is called by it."""
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def thread_count_kept() -> Iterator[None]:
+    """Threads that torch is first used in later take the number that was set last, anywhere."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Frees one large block, after which glibc keeps smaller ones that are freed (mallopt(3)).
+
+    Until then it gives temporaries of a piece back to the system, which has to map and to clear
+    them anew for the next piece: ten times the time of computing it.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _flattened(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

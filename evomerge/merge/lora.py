@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merge.architecture import HEAD
 from evomerge.merge.checkpoint import (
+    ADAPTER_CONFIG,
     Checkpoint,
     TensorHeader,
     disk_failure,
@@ -23,8 +23,8 @@ from evomerge.merge.checkpoint import (
     read_tensor_file,
     write_sharded,
 )
+from evomerge.merge.dtypes import DType
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
@@ -91,12 +91,12 @@ class _Adapter:
 @dataclass(frozen=True)
 class _OutputTensor:
     name: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
 
 
 def apply_adapter(
-    base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: torch.dtype | None = None
+    base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: DType | None = None
 ) -> Path:
     """Writes the model W + scale·B·A to `out_dir`, computed in float32 and rounded once.
 
@@ -222,10 +222,10 @@ def _check_against_base(adapter: _Adapter, base: Checkpoint) -> None:
 
 
 def _adapted_tensors(
-    base: Checkpoint, adapter: _Adapter, dtype: torch.dtype | None
+    base: Checkpoint, adapter: _Adapter, dtype: DType | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, header in base.tensors.items():
-        yield name, _adapted(base, header, adapter).to(dtype or header.dtype)
+        yield name, _adapted(base, header, adapter).to((dtype or header.dtype).torch)
 
 
 def _adapted(base: Checkpoint, header: TensorHeader, adapter: _Adapter) -> Tensor:
@@ -237,7 +237,7 @@ def _adapted(base: Checkpoint, header: TensorHeader, adapter: _Adapter) -> Tenso
     return weight.float() + adapter.factors[header.name].delta()
 
 
-def _copy_other_files(base: Checkpoint, directory: Path, dtype: torch.dtype | None) -> None:
+def _copy_other_files(base: Checkpoint, directory: Path, dtype: DType | None) -> None:
     """Everything of the base but its weights; the config tells a new dtype."""
     for file in sorted(base.directory.iterdir()):
         is_weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
@@ -245,6 +245,6 @@ def _copy_other_files(base: Checkpoint, directory: Path, dtype: torch.dtype | No
             shutil.copyfile(file, directory / file.name)
     if dtype is not None:
         config = {key: value for key, value in base.config.items() if key != "torch_dtype"}
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = dtype.name
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")

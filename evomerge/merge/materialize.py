@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from evomerge.errors import CandidateError, ConfigError
+from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import (
     GENERATION_FILE,
     Checkpoint,
@@ -24,13 +21,13 @@ from evomerge.merge.checkpoint import (
     require_tokenizer,
     total_bytes,
 )
-from evomerge.merge.kernels import merge_entry
-from evomerge.merge.methods import has_overflow
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
-from evomerge.merge.recall import Statistics
 from evomerge.merge.streaming import Progress, write_merged
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from evomerge.merge.recall import Statistics
 
 RECIPE_FILE = "mergekit_config.yml"
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -85,22 +82,6 @@ def materialize(
         except OSError as error:
             raise disk_failure(partial, error) from error
     return directory
-
-
-def merged_tensors(
-    plan: MergePlan, checkpoints: Mapping[str, Checkpoint]
-) -> Iterator[tuple[str, Tensor]]:
-    """The plan's output tensors on the CPU, one after another, in the order of its entries.
-
-    Raises CandidateError where a number of the output is NaN or infinite.
-    """
-    for entry in plan.entries:
-        inputs = plan.read_inputs(entry, checkpoints)
-        out = torch.empty(entry.shape, dtype=entry.dtype)
-        merge_entry(out, entry, inputs)
-        if has_overflow(out):
-            raise CandidateError(f"{entry.name}: has NaN or infinite numbers after the merge")
-        yield entry.name, out
 
 
 def refuse_inputs_as_output(directory: Path, inputs: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +22,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merge import statistics
+from evomerge.merge.blends import (
+    Blend,
+    Pieces,
+    Recall,
+    merge_method,
+    normalized,
+    scaled,
+    split_weight,
+)
 from evomerge.merge.statistics import Cut, Histogram, Values, mark
 
 T = TypeVar("T")
 Kernel = Callable[[Tensor, Sequence[Tensor], Tensor], None]
 
 
-# As mergekit: a smaller sum of weights is no divisor, and smaller L1 norms are not rescaled.
-_SMALLEST_SUM = 1e-8
+# As mergekit: smaller L1 norms are not rescaled.
 _SMALLEST_NORM = 1e-7
 # The temporaries of a range that is computed at a time fit into a core's second-level cache, and
 # torch does not split so few elements over threads.
@@ -40,48 +48,6 @@ _DRAWS = 1 << 32
 _DRAWS_PER_STEP = 8
 
 
-class Recall(Protocol):
-    """`recall(key, compute)`: compute(), or what it gave before for the same key and inputs.
-
-    Statistics of the inputs alone are handed through it, so that a search computes them once per
-    study. A key holds every number that the statistic depends on.
-    """
-
-    def __call__(self, key: Hashable, compute: Callable[[], T], /) -> T: ...
-
-
-@dataclass(frozen=True)
-class Blend:
-    """What is left is the element-wise `kernel` over the inputs.
-
-    "linear": one weight for each of [base, if there is one, *inputs]; "task_arithmetic": one for
-    each of `inputs`, all measured against the base; "passthrough": none. The weights are float64
-    numbers, which the caller hands to the kernel as `weight_words`.
-    """
-
-    kernel: Literal["linear", "task_arithmetic", "passthrough"]
-    weights: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """The output, any part of it at a time.
-
-    `fill(out, start, stop)` computes the elements [start, stop) of the flattened output into the
-    vector `out`, rounding once; start and stop are multiples of `step` (stop may be the end). The
-    bits do not depend on how the output is cut, and pieces may be filled by several threads at
-    once.
-    """
-
-    fill: Callable[[Tensor, int, int], None]
-    step: int = 1
-
-
-def recall_nothing(_key: Hashable, compute: Callable[[], T], /) -> T:
-    """A `Recall` for one tensor merged once."""
-    return compute()
-
-
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """What a merge of these tensors (inputs and output) is computed in: float64 for any float64."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
@@ -89,15 +55,9 @@ def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def weight_words(weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Each weight as two numbers, of 8 and of all further bits: `dtype` of shape (2, k).
-
-    A product with the first is exact for inputs of up to 16 bits, and one with the second is off by
-    2^-33 of the whole; so a weight such as 1.3 reaches a tie between two bfloat16 numbers exactly
-    where the decimal does. With float32(1.3) up to 1 output in 50 falls to the wrong side.
-    """
-    whole = np.array(weights, dtype=np.float64)
-    first = (whole.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
-    return torch.from_numpy(np.stack([first, whole - first])).to(dtype)
+    """The weights in two words each (`blends.split_weight`): `dtype` of shape (2, k)."""
+    words = torch.tensor([split_weight(weight) for weight in weights], dtype=torch.float64)
+    return words.reshape(-1, 2).T.contiguous().to(dtype)
 
 
 def task_arithmetic_kernel(out: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> None:
@@ -145,75 +105,7 @@ KERNELS: dict[str, Kernel] = {
     "passthrough": passthrough_kernel,
     "task_arithmetic": task_arithmetic_kernel,
 }
-METHODS: dict[str, Callable[..., Blend | Pieces]] = {}
-MethodFunction = TypeVar("MethodFunction", bound=Callable[..., Blend | Pieces])
-
-
-def merge_method(function: MethodFunction) -> MethodFunction:
-    """Enters a method into METHODS under the function's name.
-
-    It is called with the base (None without one), the other inputs, at least one, all of one shape,
-    and by keyword the numbers of its row in `merge_rules.py`: own ones as tuples with one number
-    per input, `lambda` as `lambda_`; further with `recall`, and with `seed` if it is random.
-    """
-    METHODS[function.__name__] = function
-    return function
-
-
 # ---- Blends: linear combinations whose weights depend on norms and angles alone ----
-
-
-@merge_method
-def linear(
-    base: Tensor | None,
-    inputs: Sequence[Tensor],
-    *,
-    weight: Sequence[float],
-    normalize: bool,
-    recall: Recall,
-) -> Blend:
-    """Σᵢ wᵢ·xᵢ, divided by Σᵢ wᵢ if `normalize`.
-
-    Raises ValueError for weights to normalise whose sum is nearer to 0 than 1e-8, where mergekit
-    makes infinities.
-    Source: Wortsman et al. 2022 (model soups), arXiv:2203.05482, §2.
-    """
-    del base, inputs, recall
-    return Blend("linear", _normalized(weight) if normalize else tuple(weight))
-
-
-@merge_method
-def task_arithmetic(
-    base: Tensor | None,
-    inputs: Sequence[Tensor],
-    *,
-    weight: Sequence[float],
-    lambda_: float,
-    normalize: bool,
-    recall: Recall,
-) -> Blend:
-    """b + λ·Σᵢ wᵢ·(xᵢ − b), the sum divided by Σᵢ wᵢ if `normalize` (by 1 if that is below 1e-8).
-
-    Source: Ilharco et al. 2023, arXiv:2212.04089, §2.
-    """
-    del base, inputs, recall
-    return Blend("task_arithmetic", _scaled(weight, lambda_, normalize))
-
-
-@merge_method
-def passthrough(
-    base: Tensor | None,
-    inputs: Sequence[Tensor],
-    *,
-    scale: Sequence[float | None],
-    recall: Recall,
-) -> Blend:
-    """scale·x, of the one input; without a scale (None, or 1) x itself."""
-    del base, inputs, recall
-    (factor,) = scale
-    if factor is None or factor == 1.0:
-        return Blend("passthrough")
-    return Blend("linear", (factor,))
 
 
 @merge_method
@@ -296,7 +188,7 @@ def multislerp(
     kernel: Literal["linear", "task_arithmetic"] = "linear" if base is None else "task_arithmetic"
     if len(inputs) == 1:
         return Blend(kernel, (1.0,))
-    shares = np.array(_normalized(weight) if normalize_weights else weight)
+    shares = np.array(normalized(weight) if normalize_weights else weight)
     origin = "inputs" if base is None else "differences"
     dots = recall(
         ("gram", origin), lambda: statistics.gram(_values(inputs, base), _size(inputs[0]))
@@ -695,20 +587,6 @@ def ramplus_tl(
 # ---- What the methods are made of ----
 
 
-def _normalized(weight: Sequence[float]) -> tuple[float, ...]:
-    total = math.fsum(weight)
-    if not abs(total) >= _SMALLEST_SUM:
-        raise ValueError(f"weights that sum to {total} cannot be normalised")
-    return tuple(one / total for one in weight)
-
-
-def _scaled(weight: Sequence[float], lambda_: float, normalize: bool) -> tuple[float, ...]:
-    """The weights times lambda, over their sum if `normalize` (over 1 if that is below 1e-8)."""
-    total = math.fsum(weight) if normalize else 1.0
-    scale = lambda_ / (total if abs(total) >= _SMALLEST_SUM else 1.0)
-    return tuple(one * scale for one in weight)
-
-
 def _size(tensor: Tensor) -> int:
     return tensor.numel()
 
@@ -932,7 +810,7 @@ class _TaskVectors:
             return self._elected(keeps, scales, weight, lambda_, normalize=normalize)
         factors = [
             one * scale
-            for one, scale in zip(_scaled(weight, lambda_, normalize), scales, strict=True)
+            for one, scale in zip(scaled(weight, lambda_, normalize), scales, strict=True)
         ]
         if not any(keeps):
             return Blend("task_arithmetic", tuple(factors))

@@ -32,12 +32,15 @@ from evomerge.merge.checkpoint import (
     Checkpoint,
     ShardedOutput,
     TensorHeader,
+    bytes_of,
     disk_failure,
     published,
     refuse_existing,
     require_tokenizer,
     total_bytes,
 )
+from evomerge.merge.dtypes import MERGED, DType
+from evomerge.merge.kernels import thread_count_kept
 from evomerge.merge.materialize import (
     as_json,
     generation_config,
@@ -63,7 +66,7 @@ from evomerge.merge.moe_kinds import (
     model_type,
     with_defaults,
 )
-from evomerge.merge.streaming import Progress, cores, thread_count_kept
+from evomerge.merge.streaming import Progress, cores
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.moe_config import Expert, MoEConfig
 
@@ -85,14 +88,14 @@ class MoETensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     part: Part
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """The whole tensor in parts, each with its first flat element's place."""
         total = math.prod(self.shape)
         for start in range(0, total, BLOCK):
-            yield start, self.part(start, min(start + BLOCK, total)).to(self.dtype)
+            yield start, self.part(start, min(start + BLOCK, total)).to(self.dtype.torch)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _write_tensor(tensor: MoETensor, output: ShardedOutput, stop: threading.Even
             break
         if has_overflow(out):
             raise CandidateError(f"{tensor.name}: has NaN or infinite numbers")
-        output.write(tensor.name, start, out.contiguous())
+        output.write(tensor.name, start, bytes_of(out.contiguous()))
     return total_bytes([tensor])
 
 
@@ -256,12 +259,12 @@ class _Builder:
         return self.checkpoints[self.moe.base_model]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """That of the configuration, else of the base's config, else of its embeddings."""
         named = self.moe.dtype or self.base.config.get("dtype", self.base.config.get("torch_dtype"))
-        found = getattr(torch, str(named).removeprefix("torch."), None)
-        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
-            return found
+        for dtype in MERGED:
+            if dtype.name == str(named).removeprefix("torch."):
+                return dtype
         return self.base.architecture.embedding_header.dtype
 
     @property
@@ -364,7 +367,7 @@ class _Builder:
         config |= {
             "architectures": [self.layout.model_class],
             "model_type": self.layout.model_type,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype.name,
             "tie_word_embeddings": self.base.architecture.tied,
             "vocab_size": self.base.architecture.embedding_header.shape[0],
             "hidden_size": self._hidden,

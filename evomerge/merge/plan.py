@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from evomerge.errors import CandidateError, ConfigError, nearest
 from evomerge.merge.architecture import Architecture, stacked_config
+from evomerge.merge.blends import METHODS, Blend, recall_nothing
 from evomerge.merge.chat_template import new_template
 from evomerge.merge.checkpoint import Checkpoint, TensorHeader
-from evomerge.merge.methods import METHODS, Blend, recall_nothing
-from evomerge.merge.vocabulary import Vocabulary, build_vocabulary, is_by_token
+from evomerge.merge.dtypes import DType, dtype_of, widest
+from evomerge.merge.tokenizer import different_tokenizers
 from evomerge.merge_rules import MethodRules, Parameter
 from evomerge.recipe import Body, Recipe, Slice, Source
 from evomerge.settings import Settings, resolve
 
-_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.merge.vocabulary import Vocabulary
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 # Equal shapes do not show these, and a mix of models that differ here computes nonsense.
 _SHARED_CONFIG_KEYS = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -58,13 +61,19 @@ class PlanEntry:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     method: str
     inputs: tuple[SourceTensor, ...]
     weights: tuple[float, ...]
     has_base: bool = False
     numbers: Mapping[str, Number | tuple[Number, ...]] | None = None
     by_token: bool = False
+
+    @property
+    def blend(self) -> Blend:
+        """What `method` and `weights` are where `numbers` is None."""
+        assert self.numbers is None
+        return Blend(cast(Any, self.method), self.weights)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class MergePlan:
     donor: str
     vocabulary: Vocabulary | None
     chat_template: str | None
-    dtype: torch.dtype
+    dtype: DType
     digest: str
 
     def read_inputs(self, entry: PlanEntry, checkpoints: Mapping[str, Checkpoint]) -> list[Tensor]:
@@ -93,7 +102,7 @@ class MergePlan:
         if self.vocabulary is None or not self.makes_inputs(entry):
             return tensors
         models = [source.model for source in entry.inputs]
-        return self.vocabulary.align(models, tensors, entry.dtype)
+        return self.vocabulary.align(models, tensors, entry.dtype.torch)
 
     def makes_inputs(self, entry: PlanEntry) -> bool:
         """Whether `entry` is made of other tensors than those in the files."""
@@ -115,12 +124,12 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
     architectures = {name: _architecture(name, checkpoints) for name in recipe.model_names()}
     _refuse_mixed_models(architectures, checkpoints)
     donor = recipe.model_names()[0]
-    vocabulary = build_vocabulary(recipe, checkpoints)
+    vocabulary = _vocabulary(recipe, checkpoints)
     if vocabulary is not None and vocabulary.is_that_of(checkpoints[donor].directory):
         vocabulary = None
     parts = _parts(recipe, architectures, vocabulary)
     entries = _entries(parts, recipe, seed)
-    dtype = reduce(torch.promote_types, (entry.dtype for entry in entries))
+    dtype = widest(entry.dtype for entry in entries)
     config = _output_config(architectures[donor], parts, dtype)
     if vocabulary is not None:
         config = vocabulary.configured(config, donor)
@@ -131,6 +140,25 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, seed: in
     words = [vocabulary.digest if vocabulary else None, template]
     digest = _digest(entries, config, words)
     return MergePlan(entries, config, donor, vocabulary, template, dtype, digest)
+
+
+def tokenizer_notes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    """What to warn of before a merge: a missing tokenizer, or tokens merged by number."""
+    vocabulary = _vocabulary(recipe, checkpoints)
+    if vocabulary is not None:
+        return vocabulary.notes
+    folders = {name: checkpoints[name].directory for name in recipe.model_names()}
+    note = different_tokenizers(folders)
+    return () if note is None else (note,)
+
+
+def _vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Vocabulary | None:
+    """The vocabulary that `recipe` asks for; torch is imported for those that do."""
+    if recipe.tokenizer is None and recipe.tokenizer_source is None:
+        return None
+    from evomerge.merge.vocabulary import build_vocabulary
+
+    return build_vocabulary(recipe, checkpoints)
 
 
 @dataclass(frozen=True)
@@ -251,7 +279,7 @@ class _Part:
         *,
         known_as: str | None = None,
     ) -> _Group:
-        by_token = is_by_token(headers[0].name, self.architectures[0])
+        by_token = self.architectures[0].is_by_token(headers[0].name)
         shapes = {self._output_shape(header, by_token=by_token) for header in headers}
         if len(shapes) > 1:
             raise ConfigError(self._shape_message(name, headers))
@@ -279,7 +307,7 @@ class _Part:
             for source, header in zip(self.sources, headers, strict=True)
         )
         hint = ""
-        if is_by_token(headers[0].name, self.architectures[0]) and self.vocabulary is None:
+        if self.architectures[0].is_by_token(headers[0].name) and self.vocabulary is None:
             hint = (
                 "; the models have vocabularies of different size: tokenizer_source: union (or "
                 "base) merges them by token"
@@ -490,13 +518,19 @@ def _entry(group: _Group, recipe: Recipe, seed: int) -> PlanEntry:
 def _blend(group: _Group, method: str, numbers: Mapping[str, Number | tuple[Number, ...]]) -> Blend:
     """What is left of a method that does not look at the tensors."""
     try:
-        blend = METHODS[method](None, (), recall=recall_nothing, **numbers)
+        blend = _method(method)(None, (), recall=recall_nothing, **numbers)
     except ValueError as error:
         raise CandidateError(f"{group.name}: {error}") from error
     assert isinstance(blend, Blend)
     for weight in blend.weights:
         _require_float32(group, "weight", weight)
     return blend
+
+
+def _method(name: str) -> Callable[..., Any]:
+    if name not in METHODS:
+        import evomerge.merge.methods  # noqa: F401  (enters the others)
+    return METHODS[name]
 
 
 def _numbers(
@@ -559,17 +593,12 @@ def _tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
 
 
-def _dtype(group: _Group, recipe: Recipe) -> torch.dtype:
+def _dtype(group: _Group, recipe: Recipe) -> DType:
     name = recipe.out_dtype or recipe.dtype
-    if name is not None:
-        dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-        return dtype
-    return reduce(torch.promote_types, (one.header.dtype for one in group.inputs))
+    return widest(one.header.dtype for one in group.inputs) if name is None else dtype_of(name)
 
 
-def _output_config(
-    donor: Architecture, parts: Sequence[_Part], dtype: torch.dtype
-) -> dict[str, Any]:
+def _output_config(donor: Architecture, parts: Sequence[_Part], dtype: DType) -> dict[str, Any]:
     """The donor's config with the output's dtype, layers and tied embeddings."""
     stack = [part for part in parts if part.module is None]
     origins = [
@@ -579,7 +608,7 @@ def _output_config(
     ]
     stacked = stacked_config(donor, origins, tied=stack[-1].is_tied)
     config = {key: value for key, value in stacked.items() if key not in _NOT_THE_OUTPUTS}
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype.name
     return config
 
 

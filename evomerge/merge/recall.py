@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from evomerge.merge.methods import Recall
+from evomerge.merge.blends import Recall
 
 _Result = TypeVar("_Result")
 

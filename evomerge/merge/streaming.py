@@ -8,37 +8,32 @@ its bytes take, and as little memory for a large model as for a small one.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from evomerge.errors import CandidateError
+from evomerge.merge.blends import Blend, Pieces, Recall
 from evomerge.merge.checkpoint import (
     Checkpoint,
     InputFiles,
     ShardedOutput,
     TensorHeader,
+    bytes_of,
     total_bytes,
 )
-from evomerge.merge.kernels import prepare
-from evomerge.merge.methods import (
-    KERNELS,
-    Kernel,
-    Pieces,
-    Recall,
-    has_overflow,
-    weight_words,
-    working_dtype,
-)
+from evomerge.merge.dtypes import DType, dtype_of
+from evomerge.merge.native import NativeBlend, native_blend
 from evomerge.merge.plan import MergePlan, PlanEntry
-from evomerge.merge.recall import Statistics
+
+if TYPE_CHECKING:
+    from evomerge.merge.recall import Statistics
 
 # Large enough that the calls of a piece are a small part of its time, small enough that its
 # temporaries stay in the caches: half of it takes 3 to 20 % more time, twice as much 25 %.
@@ -67,13 +62,13 @@ def write_merged(
     CandidateError where a number of the output is NaN or infinite, or where there is none; RunError
     where the disk fails or is full; ConfigError where an input cannot be read.
     """
-    _keep_freed_memory()
     count = workers or min(cores(), MOST_WORKERS)
-    with InputFiles() as files, thread_count_kept(), ThreadPoolExecutor(count) as pool:
+    native = native_blend()
+    with InputFiles() as files, _workers(count, _needs_torch(plan, checkpoints, native)) as pool:
         work = _Work(plan.entries, progress)
         try:
             running = [
-                pool.submit(_Worker(plan, checkpoints, files, output, statistics).run, work)
+                pool.submit(_Worker(plan, checkpoints, files, output, native, statistics).run, work)
                 for _ in range(count)
             ]
             for ended in as_completed(running):
@@ -82,13 +77,46 @@ def write_merged(
             work.stop()  # after an error, or Ctrl-C: the workers end with their pieces
 
 
+@contextmanager
+def _workers(count: int, needs_torch: bool) -> Iterator[ThreadPoolExecutor]:
+    """That many threads; torch computes in each of them alone, as the other cores have theirs."""
+    if not needs_torch:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+        return
+    from evomerge.merge import kernels
+
+    kernels.keep_freed_memory()
+    with (
+        kernels.thread_count_kept(),
+        ThreadPoolExecutor(count, initializer=kernels.use_one_thread) as pool,
+    ):
+        yield pool
+
+
+def _needs_torch(
+    plan: MergePlan, checkpoints: Mapping[str, Checkpoint], native: NativeBlend | None
+) -> bool:
+    """Whether an entry is more than a blend of what is in the files, or more than `native` does."""
+    return native is None or any(
+        entry.numbers is not None
+        or plan.makes_inputs(entry)
+        or not native.takes([entry.dtype, *(one.dtype for one in _headers(entry, checkpoints))])
+        for entry in plan.entries
+    )
+
+
+def _headers(entry: PlanEntry, checkpoints: Mapping[str, Checkpoint]) -> list[TensorHeader]:
+    return [checkpoints[source.model].tensors[source.name] for source in entry.inputs]
+
+
 @dataclass(frozen=True)
 class _Blended:
-    """A kernel with the words of its weights, and where the inputs are: in files, or at hand."""
+    """A blend, and where its inputs are: in files, or at hand."""
 
-    kernel: Kernel
-    words: Tensor
-    inputs: tuple[TensorHeader | Tensor, ...]
+    blend: Blend
+    inputs: tuple[TensorHeader | memoryview, ...]
+    dtypes: tuple[DType, ...]
 
 
 @dataclass(frozen=True)
@@ -145,93 +173,94 @@ class _Work:
             self._changed.notify_all()
 
 
+@dataclass
 class _Worker:
     """What one thread does, in memory that it uses for piece after piece."""
 
-    def __init__(
-        self,
-        plan: MergePlan,
-        checkpoints: Mapping[str, Checkpoint],
-        files: InputFiles,
-        output: ShardedOutput,
-        statistics: Statistics | None,
-    ) -> None:
-        self._plan = plan
-        self._statistics = statistics
-        self._checkpoints = checkpoints
-        self._files = files
-        self._output = output
-        self._memory: dict[str, Tensor] = {}  # bytes by purpose, and the last vector of each
-        self._last: dict[str, Tensor] = {}
+    plan: MergePlan
+    checkpoints: Mapping[str, Checkpoint]
+    files: InputFiles
+    output: ShardedOutput
+    native: NativeBlend | None
+    statistics: Statistics | None
+    memory: dict[str, memoryview] = field(default_factory=dict)  # by purpose
 
     def run(self, work: _Work) -> None:
-        torch.set_num_threads(1)  # of this thread: the other cores have workers of their own
         try:
-            with torch.no_grad():
-                while (task := work.take()) is not None:
-                    if isinstance(task, PlanEntry):
-                        work.add(self._prepared(task))
-                    else:
-                        work.done(self._write(task))
+            while (task := work.take()) is not None:
+                if isinstance(task, PlanEntry):
+                    work.add(self._prepared(task))
+                else:
+                    work.done(self._write(task))
         except BaseException:
             work.stop()
             raise
 
     def _prepared(self, entry: PlanEntry) -> list[_Piece]:
         """The pieces of an entry, once what it needs of whole tensors is known."""
-        tensors = self._plan.read_inputs(entry, self._checkpoints)
+        headers = _headers(entry, self.checkpoints)
+        dtypes = tuple(header.dtype for header in headers)
+        if entry.numbers is None and not self.plan.makes_inputs(entry):
+            return _cut(entry, _Blended(entry.blend, tuple(headers), dtypes), 1)
+        from evomerge.merge.kernels import prepare
+
+        tensors = self.plan.read_inputs(entry, self.checkpoints)
         ready = prepare(entry, tensors, self._recall(entry))
         if isinstance(ready, Pieces):
             return _cut(entry, ready, ready.step)
-        dtype = working_dtype([torch.empty(0, dtype=entry.dtype), *tensors])
-        inputs: Sequence[TensorHeader | Tensor] = [
-            self._checkpoints[source.model].tensors[source.name] for source in entry.inputs
-        ]
-        if self._plan.makes_inputs(entry):
-            inputs = [tensor.reshape(-1) for tensor in tensors]
-        words = weight_words(ready.weights, dtype)
-        return _cut(entry, _Blended(KERNELS[ready.kernel], words, tuple(inputs)), 1)
+        if not self.plan.makes_inputs(entry):
+            return _cut(entry, _Blended(ready, tuple(headers), dtypes), 1)
+        at_hand = tuple(bytes_of(tensor.contiguous()) for tensor in tensors)
+        dtypes = tuple(dtype_of(tensor.dtype) for tensor in tensors)
+        return _cut(entry, _Blended(ready, at_hand, dtypes), 1)
 
     def _recall(self, entry: PlanEntry) -> Recall:
+        from evomerge.merge.recall import Statistics
+
         # What is made of the files for this recipe alone bears no name of its own, and is
         # remembered for this tensor only: one method may ask twice.
-        if self._statistics is None or self._plan.makes_inputs(entry):
+        if self.statistics is None or self.plan.makes_inputs(entry):
             return Statistics().of(entry.name)
-        return self._statistics.of(entry.inputs)
+        return self.statistics.of(entry.inputs)
 
     def _write(self, piece: _Piece) -> int:
         """Computes and writes one piece; the number of its bytes."""
-        out = self._reused("out", piece.entry.dtype, piece.stop - piece.start)
+        dtype = piece.entry.dtype
+        out = self._reused("out", (piece.stop - piece.start) * dtype.itemsize)
         if isinstance(piece.ready, Pieces):
-            piece.ready.fill(out, piece.start, piece.stop)
+            from evomerge.merge.kernels import piece_bytes
+
+            finite = piece_bytes(piece.ready, piece.start, piece.stop, out, dtype)
         else:
-            self._blend(out, piece.ready, piece.start)
-        if has_overflow(out):
+            finite = self._blend(piece.ready, piece.start, piece.stop, out, dtype)
+        if not finite:
             raise CandidateError(f"{piece.entry.name}: has NaN or infinite numbers after the merge")
-        self._output.write(piece.entry.name, piece.start, out)
-        return out.nbytes
+        self.output.write(piece.entry.name, piece.start, out)
+        return len(out)
 
-    def _blend(self, out: Tensor, blended: _Blended, start: int) -> None:
+    def _blend(
+        self, blended: _Blended, start: int, stop: int, out: memoryview, dtype: DType
+    ) -> bool:
+        """Computes a piece of a blend into `out`; whether all numbers of it are finite."""
         pieces = []
-        for slot, source in enumerate(blended.inputs):
-            if isinstance(source, Tensor):
-                pieces.append(source[start : start + len(out)])
+        for slot, (source, its) in enumerate(zip(blended.inputs, blended.dtypes, strict=True)):
+            if isinstance(source, memoryview):
+                pieces.append(source[start * its.itemsize : stop * its.itemsize])
                 continue
-            piece = self._reused(f"input {slot}", source.dtype, len(out))
-            self._files.read(source, start, piece)
+            piece = self._reused(f"input {slot}", (stop - start) * its.itemsize)
+            self.files.read(source, start, piece)
             pieces.append(piece)
-        blended.kernel(out, pieces, blended.words)
+        if self.native is not None and self.native.takes([dtype, *blended.dtypes]):
+            return self.native(blended.blend, pieces, blended.dtypes, out, dtype)
+        from evomerge.merge.kernels import blend_bytes
 
-    def _reused(self, purpose: str, dtype: torch.dtype, size: int) -> Tensor:
-        """A vector of any content, valid until this is asked for the same purpose again."""
-        last = self._last.get(purpose)
-        if last is not None and last.dtype == dtype and len(last) == size:
-            return last
-        needed = size * dtype.itemsize
-        if purpose not in self._memory or len(self._memory[purpose]) < needed:
-            self._memory[purpose] = torch.empty(needed, dtype=torch.uint8)
-        self._last[purpose] = self._memory[purpose][:needed].view(dtype)
-        return self._last[purpose]
+        return blend_bytes(blended.blend, pieces, blended.dtypes, out, dtype)
+
+    def _reused(self, purpose: str, size: int) -> memoryview:
+        """`size` bytes of any content, valid until this is asked for the same purpose again."""
+        if len(self.memory.get(purpose, b"")) < size:
+            self.memory[purpose] = memoryview(mmap.mmap(-1, size))
+        return self.memory[purpose][:size]
 
 
 def _cut(entry: PlanEntry, ready: _Blended | Pieces, step: int) -> list[_Piece]:
@@ -247,22 +276,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _keep_freed_memory() -> None:
-    """Frees one large block, after which glibc keeps smaller ones that are freed (mallopt(3)).
-
-    Until then it gives temporaries of a piece back to the system, which has to map and to clear
-    them anew for the next piece: ten times the time of computing it.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-@contextmanager
-def thread_count_kept() -> Iterator[None]:
-    """Threads that torch is first used in later take the number that was set last, anywhere."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.merge.architecture import Architecture
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.tokenizer import (
     Tokenizer,
     check_readable,
-    different_tokenizers,
     files_of,
     has_tokenizer,
     read_tokenizer,
@@ -243,22 +241,6 @@ class Vocabulary:
 def _parts(mask: Tensor) -> Sequence[Tensor]:
     """The places where `mask` is true, some thousands at once."""
     return torch.split(mask.nonzero()[:, 0], _ROWS_AT_ONCE)
-
-
-def is_by_token(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor of a model of this architecture has one row per token."""
-    head = architecture.head
-    return name in (architecture.embedding, head, head.removesuffix("weight") + "bias")
-
-
-def tokenizer_notes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> tuple[str, ...]:
-    """What to warn of before a merge: a missing tokenizer, or tokens merged by number."""
-    vocabulary = build_vocabulary(recipe, checkpoints)
-    if vocabulary is not None:
-        return vocabulary.notes
-    folders = {name: checkpoints[name].directory for name in recipe.model_names()}
-    note = different_tokenizers(folders)
-    return () if note is None else (note,)
 
 
 def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Vocabulary | None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from evomerge.errors import ConfigError
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_as_output
-from evomerge.merge.plan import open_checkpoints
+from evomerge.merge.plan import open_checkpoints, tokenizer_notes
 from evomerge.merge.streaming import Progress
-from evomerge.merge.vocabulary import tokenizer_notes
 from evomerge.recipe import TOKENIZER_PLACES, Recipe
 from evomerge.report.card import CardModel, model_card
 

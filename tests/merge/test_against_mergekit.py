@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.materialize import materialize, merged_tensors
+from evomerge.merge.kernels import merged_tensors
+from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
 from evomerge.recipe import Recipe, read_recipe
 from tests.golden.cases import RANDOM, recipes

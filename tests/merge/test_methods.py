@@ -15,7 +15,8 @@ from torch import Tensor
 from evomerge import merge_rules
 from evomerge.merge import methods, statistics
 from evomerge.merge.kernels import merge_into
-from evomerge.merge.methods import METHODS, Blend, Pieces, recall_nothing
+import evomerge.merge.methods  # noqa: F401  (enters them)
+from evomerge.merge.blends import METHODS, Blend, Pieces, recall_nothing
 from tests.merge import float64_methods
 
 T = TypeVar("T")

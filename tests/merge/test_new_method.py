@@ -10,7 +10,7 @@ import torch
 
 from evomerge import merge_rules
 from evomerge.errors import ConfigError
-from evomerge.merge import methods
+from evomerge.merge import blends, methods
 from evomerge.merge.materialize import materialize
 from evomerge.recipe import parse_recipe
 from tests import tiny
@@ -32,7 +32,7 @@ def midpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     row, function = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     rules = eval(row, dict(vars(merge_rules)))
     monkeypatch.setitem(merge_rules.METHODS, rules.name, rules)  # type: ignore[arg-type]
-    monkeypatch.setitem(methods.METHODS, rules.name, methods.linear)
+    monkeypatch.setitem(blends.METHODS, rules.name, blends.linear)
     exec(function, dict(vars(methods)))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from evomerge.merge.plan import MergePlan, PlanEntry, SourceTensor, make_plan, open_checkpoints
 from evomerge.recipe import Recipe, recipe_from_mapping
 from tests import tiny
@@ -73,7 +74,7 @@ def test_a_plan_names_base_first_and_every_tensor_of_the_model(
     assert entries(plan)[name] == PlanEntry(
         name=name,
         shape=(128, 64),
-        dtype=torch.bfloat16,
+        dtype=BFLOAT16,
         method="task_arithmetic",
         inputs=(
             SourceTensor("base", name),
@@ -84,7 +85,7 @@ def test_a_plan_names_base_first_and_every_tensor_of_the_model(
     )
     assert entries(plan).keys() == tiny.read_tensors(models["base"]).keys()
     assert plan.donor == "base"
-    assert plan.dtype == torch.bfloat16
+    assert plan.dtype == BFLOAT16
 
 
 def test_layers_are_renumbered_and_take_their_own_slices_weights(
@@ -202,9 +203,7 @@ def test_a_plain_model_is_passed_through_in_its_own_dtype(
         {"merge_method": "passthrough", "models": [{"model": "float32"}]}, "made here"
     )
     plan = make_plan(recipe, checkpoints)
-    assert {(e.method, e.weights, e.dtype) for e in plan.entries} == {
-        ("passthrough", (), torch.float32)
-    }
+    assert {(e.method, e.weights, e.dtype) for e in plan.entries} == {("passthrough", (), FLOAT32)}
     assert plan.config["dtype"] == "float32"
 
 
@@ -218,20 +217,20 @@ def test_the_base_alone_is_passed_through(checkpoints: dict[str, Checkpoint]) ->
 @pytest.mark.parametrize(
     ("keys", "dtype"),
     [
-        ({}, torch.float32),
-        ({"dtype": "float16"}, torch.float16),
-        ({"dtype": "torch.bfloat16"}, torch.bfloat16),
-        ({"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16),
+        ({}, FLOAT32),
+        ({"dtype": "float16"}, FLOAT16),
+        ({"dtype": "torch.bfloat16"}, BFLOAT16),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, BFLOAT16),
     ],
 )
 def test_the_dtype_is_the_one_asked_for_or_the_widest(
-    checkpoints: dict[str, Checkpoint], keys: dict[str, object], dtype: torch.dtype
+    checkpoints: dict[str, Checkpoint], keys: dict[str, object], dtype: DType
 ) -> None:
     recipe = task_arithmetic(weighted(("float32", 0.5), ("base", None)), **keys)
     plan = make_plan(recipe, checkpoints)
     assert plan.dtype == dtype
     assert {entry.dtype for entry in plan.entries} == {dtype}
-    assert plan.config["dtype"] == str(dtype).removeprefix("torch.")
+    assert plan.config["dtype"] == dtype.name
     assert "torch_dtype" not in plan.config
 
 
@@ -390,7 +389,7 @@ def add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
             drop("model.layers.1.mlp.up_proj.weight"),
             "different tensors in output layer 1: mlp.up_proj.weight is only in base",
         ),
-        (integers, "model.norm.weight is torch.int8: quantised weights cannot be merged"),
+        (integers, "model.norm.weight is int8: quantised weights cannot be merged"),
         (add("model.layers.7.extra.weight"), "has a tensor model.layers.7.extra.weight, but"),
         (add("visual.blocks.0.weight"), "has the modules text_decoder, vision_tower, but base"),
         (add("model.extra.weight"), "outside of the layers: model.extra.weight is only in changed"),

@@ -22,7 +22,8 @@ from evomerge.errors import ConfigError, RunError
 from evomerge.merge import materialize as materialize_module
 from evomerge.merge import streaming
 from evomerge.merge.checkpoint import ShardedOutput
-from evomerge.merge.materialize import materialize, merged_tensors
+from evomerge.merge.kernels import merged_tensors
+from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import make_plan, open_checkpoints
 from evomerge.recipe import Recipe, read_recipe, recipe_from_mapping
 from tests import tiny

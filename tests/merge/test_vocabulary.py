@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.cli import main
 from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.materialize import materialize, merged_tensors
-from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
-from evomerge.merge.vocabulary import Vocabulary, build_vocabulary, tokenizer_notes
+from evomerge.merge.kernels import merged_tensors
+from evomerge.merge.materialize import materialize
+from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints, tokenizer_notes
+from evomerge.merge.vocabulary import Vocabulary, build_vocabulary
 from evomerge.recipe import Recipe, recipe_from_mapping
 from tests import tiny
 from tests.golden.vocabularies import (
