@@ -123,13 +123,13 @@ def _made(compiler: Sequence[str], folder: Path) -> NativeBlend | None:
     library = folder / _library_name(compiler)
     for flags in ((*_FLAGS, _FOR_THIS_CPU), _FLAGS):
         with suppress(OSError, subprocess.SubprocessError):
-            # Whole or absent: another process may look for it meanwhile.
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 partial = Path(made) / library.name
                 _run([*compiler, *flags, str(SOURCE), "-o", str(partial)])
                 partial.chmod(0o700)
-                partial.replace(library)
-            return NativeBlend(library)
+                blend = NativeBlend(partial)
+                partial.replace(library)  # whole or absent: other processes look for it
+            return blend
     return None
 
 

@@ -242,18 +242,28 @@ def test_the_compiler_of_the_environment_is_asked_with_its_options(
 
 @pytest.mark.parametrize("option", ["-ffp-contract=fast -mfma", "-ffast-math"])
 def test_a_compiler_that_breaks_the_rules_of_arithmetic_is_not_used(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, option: str
+    tmp_path: Path, option: str
 ) -> None:
     usual = native._compiler()
     assert usual is not None
-    # Ours come after the user's and win; so a compiler that takes no notice of them.
-    wrapper = cache.parent / "cc"
+    if subprocess.run([*usual, *option.split(), "-E", "-"], check=False, input=b"").returncode:
+        pytest.skip(f"{usual[0]} has no {option}")
+    # Our options come after the user's and win; so a compiler that takes no notice of them.
+    wrapper = tmp_path / "cc"
     wrapper.write_text(f'#!/bin/sh\nexec {usual[0]} "$@" {option}\n')
     wrapper.chmod(0o755)
-    monkeypatch.setenv("CC", str(wrapper))
-    if subprocess.run([usual[0], *option.split(), "-E", "-"], check=False, input=b"").returncode:
-        pytest.skip(f"{usual[0]} has no {option}")
-    assert native_blend() is None
+    # In a process of its own: loading what fast maths made may change how all of it computes.
+    script = "from evomerge.merge.native import native_blend; print(native_blend())"
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CC": str(wrapper), "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert ran.stdout == "None\n"
+    assert os.listdir(tmp_path / "evomerge") == []
 
 
 def agree_once(found: NativeBlend) -> None:
