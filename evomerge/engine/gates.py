@@ -110,7 +110,7 @@ def _open(base: Checkpoint) -> Any:
     embedding = base.architecture.embedding_header
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base.directory, dtype=embedding.dtype, use_safetensors=True, local_files_only=True
+            base.directory, dtype=embedding.dtype.torch, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers does not load {base.directory}: {error}") from error

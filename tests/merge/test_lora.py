@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import ConfigError, OutputExistsError
+from evomerge.merge.dtypes import FLOAT32
 from evomerge.merge.lora import apply_adapter
 from tests import tiny
 
@@ -93,7 +94,7 @@ def test_the_result_is_a_whole_model_directory(base: Path, tmp_path: Path) -> No
 def test_another_dtype_is_rounded_to_and_told(base: Path, tmp_path: Path) -> None:
     query = factors()
     made = adapter(tmp_path / "adapter", on(QUERY, query))
-    out = apply_adapter(base, made, tmp_path / "out", dtype=torch.float32)
+    out = apply_adapter(base, made, tmp_path / "out", dtype=FLOAT32)
     merged, before = tiny.read_tensors(out), tiny.read_tensors(base)
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
     weight = before[f"{QUERY}.weight"].float() + 2.0 * product(query)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from evomerge import merge_rules
 from evomerge.merge import methods, statistics
-from evomerge.merge.kernels import merge_into
-import evomerge.merge.methods  # noqa: F401  (enters them)
 from evomerge.merge.blends import METHODS, Blend, Pieces, recall_nothing
+from evomerge.merge.kernels import merge_into
 from tests.merge import float64_methods
 
 T = TypeVar("T")
