@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from evomerge.terminal import OverwriteOption, say
+from evomerge.terminal import JsonOption, OverwriteOption, StorageOption, say, storage_directory
 
 
 def radar(
@@ -37,4 +38,29 @@ def radar(
         print(path)
 
 
-COMMANDS = (radar,)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="STUDY_A", help="A study's name.")],
+    second: Annotated[str, typer.Argument(metavar="STUDY_B", help="Another one's.")],
+    *,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the winners of two studies, paired on the tasks that both answered."""
+    from evomerge.search.compare import compare_studies
+
+    found = compare_studies(storage_directory(storage), first, second)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from evomerge.report.comparison import comparison_lines, comparison_table, tasks_table
+
+    console = Console()
+    for table in (comparison_table(found), tasks_table(found)):
+        if table is not None:
+            console.print(table)
+    print("\n".join(comparison_lines(found)))
+
+
+COMMANDS = (radar, compare)

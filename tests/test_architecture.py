@@ -56,7 +56,10 @@ LIBRARIES: dict[str, set[str]] = {
     "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
     "pandas": set(),
     "peft": set(),
-    "rich": {"cli.py", "report/merge_display.py", "report/progress.py", "report/table.py"},
+    "rich": {
+        *("cli.py", "eval_commands.py", "report/comparison.py", "report/merge_display.py"),
+        *("report/progress.py", "report/table.py"),
+    },
     "safetensors": {"merge/checkpoint.py"},
     "scipy": {"search/optuna_samplers.py"},
     "sqlalchemy": {

@@ -94,6 +94,30 @@ def grades_by_candidate(
     return found
 
 
+@dataclass(frozen=True)
+class Answered:
+    """One answer of a candidate, as far as comparisons need it; `grade` None: unscored."""
+
+    task: str
+    attempt: int
+    prompt: str
+    suite_digest: str
+    scorer: str
+    grade: float | None
+
+
+def answered_by(connection: sql.Connection, study_id: int, candidate: str) -> list[Answered]:
+    """Every answer of this candidate of a study, all attempts, in the order they were given."""
+    columns = (answers.c.task, answers.c.attempt, answers.c.prompt, answers.c.suite_digest)
+    query = (
+        sql.select(*columns, grades.c.scorer, grades.c.grade)
+        .join(grades, grades.c.answer_id == answers.c.id)
+        .where(answers.c.study_id == study_id, answers.c.candidate == candidate, grades.c.total)
+        .order_by(answers.c.id)
+    )
+    return [Answered(*row) for row in connection.execute(query)]
+
+
 def _answer_row(
     study_id: int, event_id: int, unit: UnitKey, result: TaskResult
 ) -> dict[str, object]:

@@ -15,7 +15,13 @@ from typing import Any, Literal, TypeAlias
 import sqlalchemy as sql
 
 from evomerge.database import Database, stops_the_run
-from evomerge.evaluate.ledger import UnitKey, grades_by_candidate, record
+from evomerge.evaluate.ledger import (
+    Answered,
+    UnitKey,
+    answered_by,
+    grades_by_candidate,
+    record,
+)
 from evomerge.evaluate.suite import TaskResult
 from evomerge.schema import events, studies
 
@@ -260,6 +266,13 @@ class EventLog:
             return {}
         with self._database.connect() as connection:
             return grades_by_candidate(connection, self._study_id, candidates)
+
+    def answered(self, candidate: str) -> list[Answered]:
+        """Every graded answer of this candidate, all attempts."""
+        if self._study_id is None:
+            return []
+        with self._database.connect() as connection:
+            return answered_by(connection, self._study_id, candidate)
 
     def close(self) -> None:
         """Lets go of the database."""

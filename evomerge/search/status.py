@@ -106,7 +106,7 @@ def study_status(storage: Path, name: str) -> dict[str, Any]:
 
     Raises ConfigError where there is no such study.
     """
-    log = _existing_log(storage, name)
+    log = existing_log(storage, name)
     try:
         return status_of(log.history, storage, name)
     finally:
@@ -167,7 +167,7 @@ def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:
 
     Raises ConfigError where there is no such study or trial.
     """
-    log = _existing_log(storage, name)
+    log = existing_log(storage, name)
     log.close()
     history = log.history
     space = space_from_mapping(begun_with(log)["space"])
@@ -185,7 +185,7 @@ def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:
 
 def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> StudyConfig:
     """The study as it was last asked for. Raises ConfigError where there is none of this name."""
-    log = _existing_log(storage, name)
+    log = existing_log(storage, name)
     log.close()
     begun, opened = begun_with(log), log.history.opened or {}
     asked = dict(begun["study"])
@@ -195,7 +195,8 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
     )
 
 
-def _existing_log(storage: Path, name: str) -> EventLog:
+def existing_log(storage: Path, name: str) -> EventLog:
+    """The log of study `name`, to be read and closed. Raises ConfigError where there is none."""
     log = open_log(storage, name)
     if log is None or not log.exists:
         raise ConfigError(f"{storage}: there is no study {name} ({_known(storage)})")
