@@ -148,7 +148,7 @@ def _run(
 
     from evomerge.report.progress import SearchDisplay
     from evomerge.report.results import write_results
-    from evomerge.search.evaluator import open_evaluator
+    from evomerge.search.evaluator import Evaluators
     from evomerge.search.loop import run_search
     from evomerge.search.storage import STUDY_FILE
     from evomerge.search.study import study_directory
@@ -158,13 +158,14 @@ def _run(
             stdout_for_results(),
             warnings.catch_warnings(),
             SearchDisplay(Console(stderr=True)) as display,
+            Evaluators() as evaluators,
         ):
             # Of vLLM's and torch's own code: nothing that a reader of the story could mend.
             warnings.simplefilter("ignore", FutureWarning)
             run_search(
                 config,
                 storage=storage,
-                open_evaluator=open_evaluator,
+                open_evaluator=evaluators.open,
                 trials=trials,
                 seed=seed,
                 report=display,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
+from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
+from evomerge.errors import ConfigError
 from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.graders import open_graders
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
 from evomerge.search.resolve import ResolvedStudy, engine_name
-from evomerge.search.storage import SCRATCH
+from evomerge.search.storage import SCRATCH, database_url
 
 NO_VLLM = "vLLM is not installed here: the transformers engine serves instead"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -44,7 +53,7 @@ class EngineEvaluator:
     suite: Suite
     graders: Mapping[str, Grader] = field(default_factory=dict)
     split: TimeSplit = field(default_factory=TimeSplit)
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    say: Callable[[str], None] = _to_stderr
     by_disk_is_news: bool = True
 
     def begin(
@@ -71,19 +80,76 @@ class EngineEvaluator:
         return results
 
 
+class Evaluators:
+    """Opens the engine of a study as often as it is needed, and before the first one its judge.
+
+    The judge stays until the end of the block: engines that die take no grade with them.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._graders: Mapping[str, Grader] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def open(self, study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
+        """The engine that the study asks for, started; its tasks are found to fit its context."""
+        if self._graders is None:
+            try:
+                self._graders = self._stack.enter_context(study_graders(study))
+            except ConfigError as error:
+                raise ConfigError(f"{study.config.where}: {error}") from error
+        with _open_engine(study, split) as engine:
+            yield EngineEvaluator(
+                engine,
+                study.suite,
+                self._graders,
+                split=split,
+                by_disk_is_news=study.config.engine.load == "live",
+            )
+
+
 @contextmanager
 def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
-    """The engine that a study asks for, started, with all its tasks found to fit its context."""
+    """The engine that a study asks for and its judge, for the block; see `Evaluators`."""
+    with Evaluators() as evaluators, evaluators.open(study, split) as evaluator:
+        yield evaluator
+
+
+def study_graders(
+    study: ResolvedStudy, say: Callable[[str], None] = _to_stderr
+) -> AbstractContextManager[Mapping[str, Grader]]:
+    """Who grades the study's answers elsewhere, by scorer; the study pays for it."""
+    config = study.config
+    return open_graders(
+        study.suite,
+        config.judge,
+        open_database=lambda: open_database(
+            study.storage, database_url(config.storage.database_env, os.environ)
+        ),
+        payer=study.name,
+        folder=config.folder,
+        environment=os.environ,
+        say=say,
+    )
+
+
+@contextmanager
+def _open_engine(study: ResolvedStudy, split: TimeSplit) -> Iterator[Engine]:
     start = time.perf_counter()
     asked = study.config.engine.name
     name = engine_name(asked)
     if name != asked and name == "transformers":
-        print(NO_VLLM, file=sys.stderr, flush=True)
+        _to_stderr(NO_VLLM)
     with open_engine(name, engine_config(study)) as engine:
         check_prompt_lengths(engine, study.suite, study.suite.tasks)
         split.engine_start += time.perf_counter() - start
-        by_disk_is_news = study.config.engine.load == "live"
-        yield EngineEvaluator(engine, study.suite, split=split, by_disk_is_news=by_disk_is_news)
+        yield engine
 
 
 def engine_config(study: ResolvedStudy) -> EngineConfig:

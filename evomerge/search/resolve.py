@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from evomerge.database import check_writable
 from evomerge.engine import vllm_is_installed
 from evomerge.errors import ConfigError
+from evomerge.evaluate.graders import check_graders, needs_judge
 from evomerge.evaluate.suite import Suite, Task, load_suite, split_holdout
 from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
     """
     check_writable(storage)
     suite = _in_file(config, lambda: load_suite(config.suite, config.folder))
+    _in_file(config, lambda: check_graders(suite, config.judge))
     search, holdout = _split(config, suite)
     base, *models = _model_folders(config, storage)
     checkpoints = {str(folder): Checkpoint.open(folder) for folder in (base, *models)}
@@ -183,7 +185,7 @@ def _fingerprint(
 ) -> dict[str, str]:
     """Everything that decides a search, by the name a user knows it under; defaults filled in."""
     mapping = config.to_mapping()
-    for other in ("study", "budget", "storage", "suite"):
+    for other in ("study", "budget", "storage", "suite", "judge"):
         mapping.pop(other, None)
     for option in _HARMLESS_OPTIONS:
         mapping["engine"].pop(option, None)
@@ -194,6 +196,8 @@ def _fingerprint(
     mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))
     parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]
+    if config.judge is not None and needs_judge(suite):
+        parts |= config.judge.fingerprint(config.folder)
     names = ["base_model", *(f"models.{index}" for index in range(len(config.models)))]
     for name, source in zip(names, sources, strict=True):
         parts[f"{name} (its files)"] = hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, Panel, Prices
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.resources import locate
 from evomerge.space import SPACE_KEYS, Bounds, GenomeConfig, SpaceConfig, StackConfig
@@ -180,6 +181,7 @@ class StudyConfig(_Strict):
         | Annotated[SuiteConfig, Tag("inline")],
         Discriminator(_suite_form),
     ]
+    judge: JudgeConfig | None = None
     engine: EngineSettings = Field(default_factory=EngineSettings)
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     storage: StorageConfig = StorageConfig()
@@ -255,6 +257,9 @@ class StudyConfig(_Strict):
         plain = self.model_dump(mode="json", exclude_none=True)
         if self.genome is not None:
             del plain["search_space"]
+        if self.judge is not None:
+            # As written: some keys exclude each other, and `temperature: null` says something.
+            plain["judge"] = self.judge.model_dump(mode="json", exclude_unset=True)
         return plain
 
 
@@ -396,6 +401,10 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "sampler": tuple(SamplerConfig.model_fields),
     "budget": tuple(BudgetConfig.model_fields),
     "suite": tuple(SuiteConfig.model_fields),
+    "judge": tuple(JudgeConfig.model_fields),
+    "others": tuple(JudgeServer.model_fields),
+    "finalists": tuple(Panel.model_fields),
+    "prices": tuple(Prices.model_fields),
     "storage": tuple(StorageConfig.model_fields),
 }
 # Names in our models that are no keys of the file.
@@ -404,7 +413,7 @@ _UNWRITTEN = ("inline", "reference", "numbers")
 
 def _known_keys(location: Sequence[str]) -> Sequence[str]:
     """The keys that may stand where the last one of `location` does."""
-    *outer, _ = location
+    outer = [part for part in location[:-1] if not part.isdecimal()]  # those are places in lists
     if not outer:
         return tuple(StudyConfig.model_fields)
     if outer[0] == "search_space" and len(outer) > 1 and outer[-1] != "stack":

@@ -1,0 +1,81 @@
+"""Who grades a suite's answers outside of this process: its judge, where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from evomerge.database import Database
+from evomerge.errors import ConfigError
+from evomerge.evaluate.judge import Rubric, open_judge
+from evomerge.evaluate.judge_config import JudgeConfig
+from evomerge.evaluate.suite import JUDGE, Suite
+from evomerge.evaluate.task import Grader
+
+# For a suite that says nothing of its own.
+_PLAIN_PROMPT = """\
+You grade an answer to a task, with a whole number from 1 (useless) to 5 (as good as can be).
+
+# Task
+{{ input }}
+{% if reference %}
+# An answer that is right
+{{ reference }}
+{% endif %}
+# Answer to be graded
+{{ answer }}
+
+First give your reason in a sentence or two, then the grade."""
+
+
+def needs_judge(suite: Suite) -> bool:
+    """Whether answers of this suite are graded by a judge."""
+    return JUDGE in suite.weights
+
+
+def rubric_of(suite: Suite) -> Rubric:
+    """What the suite tells its judge."""
+    return Rubric(_PLAIN_PROMPT, 1, 5)
+
+
+def check_graders(suite: Suite, judge: JudgeConfig | None) -> None:
+    """Raises ConfigError where nobody is named to grade the suite's answers."""
+    if needs_judge(suite) and judge is None:
+        raise ConfigError(
+            "judge: is missing, and the suite's answers are graded by one; name it, as "
+            "judge: {model: gpt-4.1, api_key_env: OPENAI_API_KEY}, or a server on this machine, as "
+            "judge: {model: NAME, base_url: 'http://127.0.0.1:8000/v1'}, or a model that vLLM "
+            "serves here, as judge: {local: MODEL}"
+        )
+
+
+@contextmanager
+def open_graders(
+    suite: Suite,
+    judge: JudgeConfig | None,
+    *,
+    open_database: Callable[[], Database],
+    payer: str | None,
+    folder: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Iterator[Mapping[str, Grader]]:
+    """The graders of a suite by scorer, for the block; none where it has scorers alone.
+
+    `Evaluation` takes them. See `open_judge`, which also says what is raised, for the rest.
+    """
+    check_graders(suite, judge)
+    if judge is None or not needs_judge(suite):
+        yield {}
+        return
+    with open_judge(
+        judge,
+        rubric_of(suite),
+        open_database=open_database,
+        payer=payer,
+        folder=folder,
+        environment=environment,
+        say=say,
+    ) as opened:
+        yield {JUDGE: opened}

@@ -1,0 +1,147 @@
+"""Searches whose answers a judge grades, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge.cli import main
+from evomerge.errors import ConfigError
+from evomerge.search.evaluator import Evaluators
+from evomerge.search.loop import run_search
+from evomerge.search.resolve import resolve_study, what_changed
+from evomerge.search.study import StudyConfig, study_from_mapping
+from tests.evaluate import judge_server as faults
+from tests.evaluate.judge_server import ScriptedJudge, scripted
+
+SUITE = {"scorer": "judge", "data": "tasks.jsonl", "max_tokens": 4}
+
+Study = Callable[..., StudyConfig]
+
+
+def grade_by_length(prompt: str) -> str:
+    """A judge that likes some answers better than others."""
+    answer = prompt.partition("# Answer to be graded\n")[2].partition("\n\nFirst give")[0]
+    return json.dumps({"reason": "its characters", "grade": 1 + sum(map(ord, answer)) % 5})
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedJudge]:
+    with scripted(ScriptedJudge(reply=grade_by_length)) as judge:
+        yield judge
+
+
+@pytest.fixture
+def judged(study: Study, server: ScriptedJudge) -> Study:
+    """A study of 10 tasks that `server` grades, with other values for some keys of its judge."""
+
+    def make(judge: Any = None, **changes: Any) -> StudyConfig:
+        settings = {"model": faults.MODEL, "base_url": server.url, **(judge or {})}
+        return study(**{"suite": SUITE, "judge": settings, "budget": {"trials": 6}, **changes})
+
+    return make
+
+
+def search(config: StudyConfig, storage: Path, trials: int | None = None) -> dict[str, Any]:
+    """The status that the search ends with."""
+    with Evaluators() as evaluators:
+        outcome = run_search(config, storage=storage, open_evaluator=evaluators.open, trials=trials)
+    return dict(outcome.status)
+
+
+def test_a_search_is_decided_by_its_judge(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    status = search(judged(), tmp_path / "storage")
+    assert status["state"] == "finished"
+    scores = [trial["score"] for trial in status["trials"]]
+    assert all(1 <= score <= 5 for score in scores)
+    assert len(set(scores)) > 1
+    # Another study of the same answers pays for none of them.
+    asked = len(server.prompts)
+    again = search(judged(study="again"), tmp_path / "storage")
+    assert [trial["score"] for trial in again["trials"]] == scores
+    assert len(server.prompts) == asked
+
+
+def test_a_suite_with_a_judge_needs_one_named(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study\.yaml: judge: is missing.*judge: \{local: MODEL"):
+        resolve_study(study(suite=SUITE), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("judge", "complaint"),
+    [
+        ({"model": "m", "api_key": "x"}, "judge.api_key: unknown key; did you mean 'api_key_env'?"),
+        ({"model": "m"}, "judge: api_key_env: is missing; name the variable with the key of api"),
+        (
+            {"local": "m", "others": [{"local": "n", "gpus": 1}]},
+            "judge.others.0.gpus: unknown key; did you mean 'gpu'?",
+        ),
+        (
+            {"local": "m", "finalists": {"grading": 1}},
+            "judge.finalists.grading: unknown key; did you mean 'gradings'?",
+        ),
+        ({"local": "m", "temperature": 3}, "judge.temperature: Input should be less than"),
+        ({"local": "m", "max_tokens": 3}, "judge: max_tokens: say reply_tokens for the length"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_a_judge_are_named_by_their_place(
+    study: Study, judge: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        study(suite=SUITE, judge=judge)
+    assert f"study.yaml: {complaint}" in str(caught.value)
+
+
+def test_a_judge_that_is_not_there_is_found_before_an_engine_starts(
+    judged: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    for judge, complaint in (
+        ({"base_url": "http://127.0.0.1:9/v1", "patience": 0.2}, "could not be had for 0.2 s"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "the variable NO_SUCH_KEY is not set"),
+    ):
+        config = judged(
+            judge=judge, engine={"name": "vllm", "url": "http://127.0.0.1:9", "repeatable": False}
+        )
+        storage = tmp_path / "nothing"
+        assert main(["search", config.where, "--storage", str(storage)]) == 2
+        assert "study.yaml: judge: " in (said := capfd.readouterr().err)
+        assert complaint in said
+        assert not storage.exists()
+
+
+def test_what_changes_a_grade_is_another_study_and_what_does_not_is_not(
+    judged: Study, tmp_path: Path
+) -> None:
+    fingerprint = resolve_study(judged(), tmp_path).fingerprint
+    harmless = {"concurrency": 2, "max_total_tokens": 10**9, "patience": 9.0, "timeout": 1.0}
+    assert resolve_study(judged(judge=harmless), tmp_path).fingerprint == fingerprint
+    other = resolve_study(judged(judge={"temperature": 0.5, "gradings": 2}), tmp_path).fingerprint
+    assert what_changed(fingerprint, other) == [
+        "judge.temperature: was 0.0, is 0.5",
+        "judge.gradings: was 1, is 2",
+    ]
+    unused = judged(suite={"scorer": "exact", "data": "tasks.jsonl"})
+    assert not any(key.startswith("judge") for key in resolve_study(unused, tmp_path).fingerprint)
+
+
+@pytest.mark.parametrize(
+    "judge", [{"temperature": None}, {"model": None, "local": "m", "options": {"dtype": "auto"}}]
+)
+def test_a_stored_study_has_the_judge_that_was_asked_for(
+    study: Study, judge: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = {"model": "m", "base_url": "http://127.0.0.1:9/v1"} | judge
+    if "local" in judge:
+        del asked["model"], asked["base_url"]
+    config = study(suite=SUITE, judge=asked)
+    stored = study_from_mapping(config.to_mapping(), where="study s", folder=config.folder)
+    assert stored.judge == config.judge
+    assert stored.to_mapping() == config.to_mapping()
