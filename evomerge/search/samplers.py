@@ -11,21 +11,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from cmaes import XNES
 
+from evomerge.search.names import SamplerName
 from evomerge.space import Genome
 
 with warnings.catch_warnings():
     # cma says at import that it has no matplotlib, which its plots alone would need.
     warnings.simplefilter("ignore", UserWarning)
     import cma
-
-
-SamplerName: TypeAlias = Literal["auto", "cma-es", "xnes", "gp", "tpe", "random", "quasi-random"]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_the_nearest_key(tmp_path: 
         "modles": [],
         "models": ["m", "m"],
         "search_space": {"merge_metod": "linear"},
-        "sampler": {"name": "xnes", "sigma0": 0},
+        "sampler": {"name": "nes", "sigma0": 0},
         "budget": {"trials": 0},
         "suite": {"scorer": "exact", "data": "t.jsonl", "refrence": "x"},
         "holdout": 1.5,
@@ -92,7 +92,7 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_the_nearest_key(tmp_path: 
     assert lines[0].startswith("FILE: study: 'a/b' is no name for a study; right are 1 to 100 of")
     assert "m is listed twice" in lines[1]
     assert "did you mean 'merge_method'?" in lines[2]
-    assert "'xnes' is not supported yet; auto and cma-es are" in lines[3]
+    assert "'xnes', 'gp', 'tpe', 'random' or 'quasi-random' (given: 'nes')" in lines[3]
     assert "did you mean 'reference'?" in lines[6]
     assert "(given: 1.5)" in lines[7]
     assert "did you mean 'models'?" in lines[8]
@@ -264,7 +264,7 @@ def test_what_cannot_change_an_answer_does_not_change_the_study(
     same = study(
         budget={"trials": 999},
         storage="elsewhere",
-        sampler={"name": "cma-es", "population": 6, "seed": 3},
+        sampler={"name": "xnes", "population": 6, "seed": 3},
         search_space={"layer_granularity": 2, "weight": [-0.5, 2.0]},
         engine={"name": "transformers", "load": "disk", "gpu_memory_utilization": 0.5},
     )
