@@ -65,8 +65,8 @@ LIBRARIES: dict[str, set[str]] = {
     "scipy": {"search/optuna_samplers.py"},
     "sklearn": {"evaluate/router.py"},
     "sqlalchemy": {
-        *("database.py", "schema.py", "evaluate/ledger.py", "evaluate/replies.py"),
-        "search/log.py",
+        *("database.py", "schema.py", "evaluate/ledger.py", "evaluate/ledger_query.py"),
+        *("evaluate/replies.py", "search/log.py"),
     },
     "tenacity": {"evaluate/judge_client.py"},
     "torch": {

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings
@@ -124,6 +124,7 @@ class Evaluation:
             attempt=attempt,
             details=tuple(one.details),
             earlier=one.texts[:-1],
+            settings=asdict(self._suite.generation(one.task, attempt)),
         )
 
     def _grade(self, details: Sequence[ScorerGrade]) -> float | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sql
 
+from evomerge.database import Database, stops_the_run
 from evomerge.evaluate.task import ScorerGrade, TaskResult
 from evomerge.schema import answers, grades
 
@@ -17,8 +18,9 @@ from evomerge.schema import answers, grades
 class UnitKey:
     """Whose answers these are: everything but the task that makes an answer unique.
 
-    `candidate` is "trial 17", "base", "model 0" or "uniform"; `attempt` counts wanted repetitions
-    from 0; the digests are those of the recipe and of everything that decides the grades.
+    `candidate` is "trial 17", "base", "model 0" or "uniform", outside of a study the model's name;
+    `attempt` counts wanted repetitions from 0; the digests are those of the recipe and of
+    everything that decides the grades.
     """
 
     candidate: str
@@ -48,6 +50,25 @@ def record(
         row for result in results for row in _grade_rows(ids[result.task_id], unit.scorer, result)
     ]
     connection.execute(sql.insert(grades), graded)
+
+
+def record_evaluation(database: Database, unit: UnitKey, results: Sequence[TaskResult]) -> None:
+    """Writes the answers and grades of a model that was evaluated outside of any study.
+
+    In one transaction. Raises RunError where the storage fails.
+    """
+    if not results:
+        return
+    rows = [_answer_row(None, None, unit, result) for result in results]
+    insert = sql.insert(answers).returning(answers.c.id, sort_by_parameter_order=True)
+    with stops_the_run("the ledger"), database.begin() as connection:
+        ids = connection.scalars(insert, rows).all()
+        graded = [
+            row
+            for answer_id, result in zip(ids, results, strict=True)
+            for row in _grade_rows(answer_id, unit.scorer, result)
+        ]
+        connection.execute(sql.insert(grades), graded)
 
 
 def _grade_rows(answer_id: int, scorer: str, result: TaskResult) -> list[dict[str, object]]:
@@ -119,7 +140,7 @@ def answered_by(connection: sql.Connection, study_id: int, candidate: str) -> li
 
 
 def _answer_row(
-    study_id: int, event_id: int, unit: UnitKey, result: TaskResult
+    study_id: int | None, event_id: int | None, unit: UnitKey, result: TaskResult
 ) -> dict[str, object]:
     return {
         "study_id": study_id,
@@ -134,6 +155,7 @@ def _answer_row(
         "answer": storable(result.answer),
         "finish_reason": result.finish_reason,
         "seconds": result.seconds,
+        "settings": json.dumps(dict(result.settings), ensure_ascii=False),
         "earlier": json.dumps([storable(text) for text in result.earlier], ensure_ascii=False),
         "gates": json.dumps(list(result.gates)),
     }

@@ -68,7 +68,7 @@ class TaskResult:
     that wrote the answer. In a conversation prompt and answer are those of its last turn, and
     `earlier` the answers before. `attempt` counts wanted repetitions from 0; `details` has a grade
     per scorer and turn; `gates` names what is wrong with the answer on its face ("language",
-    "repetition", "length", "empty").
+    "repetition", "length", "empty"). `settings` are those that it was generated with.
     """
 
     task_id: str
@@ -82,6 +82,7 @@ class TaskResult:
     details: tuple[ScorerGrade, ...] = ()
     gates: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""The ledger read back: what was asked, answered and graded, an answer a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sql
+
+from evomerge.schema import answers, grades
+
+
+@dataclass(frozen=True)
+class PartGrade:
+    """One of the grades that an answer's own is made of: by one scorer, of one turn."""
+
+    scorer: str
+    turn: int
+    grade: float | None
+    reply: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One answer with all that is known of it.
+
+    `candidate` is "trial 17", "base" …, outside of a study a model; `settings` how it was
+    generated; `grade` None where it is unscored; `parts` what the grade is made of; `seconds` its
+    share of the call that generated its unit.
+    """
+
+    candidate: str
+    task: str
+    attempt: int
+    prompt: str
+    earlier: tuple[str, ...]
+    answer: str
+    finish_reason: str
+    gates: tuple[str, ...]
+    scorer: str
+    grade: float | None
+    parts: tuple[PartGrade, ...]
+    seconds: float
+    settings: dict[str, Any]
+    version: str
+    recipe_digest: str
+    suite_digest: str
+
+
+def ledger_rows(
+    connection: sql.Connection,
+    study_id: int | None,
+    candidates: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> list[LedgerRow]:
+    """The answers of a study, or of all evaluations outside of studies, as they were given.
+
+    `candidates` and `tasks`: of these alone.
+    """
+    chosen = (
+        answers.c.study_id == study_id if study_id is not None else answers.c.study_id.is_(None)
+    )
+    if candidates is not None:
+        chosen &= answers.c.candidate.in_(candidates)
+    if tasks is not None:
+        chosen &= answers.c.task.in_(tasks)
+    of_answers = sql.select(answers).where(chosen).order_by(answers.c.id)
+    of_grades = (
+        sql.select(grades)
+        .join(answers, grades.c.answer_id == answers.c.id)
+        .where(chosen)
+        .order_by(grades.c.id)
+    )
+    by_answer: dict[int, list[Any]] = {}
+    for grade in connection.execute(of_grades):
+        by_answer.setdefault(grade.answer_id, []).append(grade)
+    return [_row(answer, by_answer.get(answer.id, [])) for answer in connection.execute(of_answers)]
+
+
+def _row(answer: Any, graded: Sequence[Any]) -> LedgerRow:
+    total = next(grade for grade in graded if grade.total)
+    return LedgerRow(
+        candidate=answer.candidate,
+        task=answer.task,
+        attempt=answer.attempt,
+        prompt=answer.prompt,
+        earlier=tuple(json.loads(answer.earlier or "[]")),
+        answer=answer.answer,
+        finish_reason=answer.finish_reason,
+        gates=tuple(json.loads(answer.gates or "[]")),
+        scorer=total.scorer,
+        grade=total.grade,
+        parts=tuple(
+            PartGrade(
+                scorer=grade.scorer,
+                turn=grade.turn,
+                grade=grade.grade,
+                reply=grade.reply,
+                prompt_tokens=grade.prompt_tokens,
+                completion_tokens=grade.completion_tokens,
+                cost=grade.cost,
+            )
+            for grade in graded
+            if not grade.total
+        ),
+        seconds=answer.seconds,
+        settings=json.loads(answer.settings or "{}"),
+        version=answer.version,
+        recipe_digest=answer.recipe_digest,
+        suite_digest=answer.suite_digest,
+    )
