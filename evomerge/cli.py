@@ -21,6 +21,7 @@ from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputEx
 from evomerge.resources import PRESET_WORDS, PresetKind, locate, preset_file, preset_names
 from evomerge.terminal import (
     DEFAULT_STORAGE,
+    INTERRUPTED,
     STORAGE_VARIABLE,
     JsonOption,
     OverwriteOption,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from evomerge.merge.extract import Extraction
     from evomerge.report.results import Results
     from evomerge.search.study import StudyConfig
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Search for the best merge of language models, inside a live vLLM engine.",

@@ -16,6 +16,8 @@ from evomerge.errors import ConfigError, OutputExistsError
 if TYPE_CHECKING:
     from evomerge.search.study import StudyConfig
 
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+
 STORAGE_VARIABLE = "EVOMERGE_STORAGE"
 DEFAULT_STORAGE = "evol_merge_storage"
 

@@ -59,7 +59,7 @@ LIBRARIES: dict[str, set[str]] = {
     "peft": set(),
     "rich": {
         *("cli.py", "eval_commands.py", "report/comparison.py", "report/merge_display.py"),
-        *("report/progress.py", "report/table.py"),
+        *("report/bar.py", "report/progress.py", "report/table.py"),
     },
     "safetensors": {"merge/checkpoint.py"},
     "scipy": {"search/optuna_samplers.py"},
