@@ -8,35 +8,15 @@ from pathlib import Path
 
 from evomerge.database import Database
 from evomerge.errors import ConfigError
-from evomerge.evaluate.judge import Rubric, open_judge
+from evomerge.evaluate.judge import open_judge
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.suite import JUDGE, Suite
 from evomerge.evaluate.task import Grader
-
-# For a suite that says nothing of its own.
-_PLAIN_PROMPT = """\
-You grade an answer to a task, with a whole number from 1 (useless) to 5 (as good as can be).
-
-# Task
-{{ input }}
-{% if reference %}
-# An answer that is right
-{{ reference }}
-{% endif %}
-# Answer to be graded
-{{ answer }}
-
-First give your reason in a sentence or two, then the grade."""
 
 
 def needs_judge(suite: Suite) -> bool:
     """Whether answers of this suite are graded by a judge."""
     return JUDGE in suite.weights
-
-
-def rubric_of(suite: Suite) -> Rubric:
-    """What the suite tells its judge."""
-    return Rubric(_PLAIN_PROMPT, 1, 5)
 
 
 def check_graders(suite: Suite, judge: JudgeConfig | None) -> None:
@@ -66,12 +46,13 @@ def open_graders(
     `Evaluation` takes them. See `open_judge`, which also says what is raised, for the rest.
     """
     check_graders(suite, judge)
-    if judge is None or not needs_judge(suite):
+    rubric = suite.rubric
+    if judge is None or rubric is None:
         yield {}
         return
     with open_judge(
         judge,
-        rubric_of(suite),
+        rubric,
         open_database=open_database,
         payer=payer,
         folder=folder,

@@ -20,62 +20,17 @@ from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
 from evomerge.evaluate.judge_reply import read_verdict
 from evomerge.evaluate.local_judge import served
 from evomerge.evaluate.loop_thread import LoopThread
-from evomerge.evaluate.prompts import render_template
 from evomerge.evaluate.replies import Asked, Given, Known, Replies
+from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.task import GradeRequest, ScorerGrade, Usage
+
+__all__ = ["Judge", "Rubric", "Seat", "open_judge"]
 
 # How often one answer is asked about before it is left without a grade.
 _TRIES = 3
 _UNSCORED_SHARE = 0.02
 # What calls in flight get to arrive, and be kept, when the run ends before them.
 _GRACE_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Rubric:
-    """What the judge is told: a Jinja template, and the whole numbers that it may give.
-
-    The template may use what the suite knows of the task (input, reference, category and its
-    further columns, as eval_aspect), the `answer`, and `turns`: all turns up to that answer, as
-    {user, answer}. `empty`: the grade of an answer without words, which the judge is then not asked
-    for; None: it is asked. `where` names the suite in messages.
-    """
-
-    prompt: str
-    low: int
-    high: int
-    empty: float | None = None
-    where: str = "suite"
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """The JSON schema of a reply: the reason comes before the grade, so that it decides it."""
-        grade = {"type": "integer", "enum": list(range(self.low, self.high + 1))}
-        return {
-            "type": "object",
-            "properties": {"reason": {"type": "string"}, "grade": grade},
-            "required": ["reason", "grade"],
-            "additionalProperties": False,
-        }
-
-    def question(self, request: GradeRequest) -> str:
-        """The prompt about one answer. Raises ConfigError where the template is faulty."""
-        task = request.task
-        users = (task.user, *task.turns)
-        answers = (*request.earlier, request.answer)
-        fields: dict[str, Any] = {
-            **task.fields,
-            "id": task.id,
-            "category": task.category,
-            "input": task.input,
-            "reference": task.reference,
-            "answer": request.answer,
-            "turns": [
-                {"user": user, "answer": answer}
-                for user, answer in zip(users, answers, strict=False)
-            ],
-        }
-        return render_template(self.prompt, fields, f"{self.where}: judge")
 
 
 @dataclass(frozen=True, eq=False)

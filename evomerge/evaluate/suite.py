@@ -2,91 +2,57 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
-from evomerge.evaluate.prompts import Chat, ask, render_template, uses_chat
+from evomerge.evaluate.prompts import Chat, ask, uses_chat
+from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
-from evomerge.evaluate.task import ScorerGrade, Task, TaskResult
+from evomerge.evaluate.suite_config import JUDGE, GenerationConfig, SuiteConfig, read_suite_config
+from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task, TaskResult
+from evomerge.evaluate.task_reading import find_tables, read_tasks
 from evomerge.resources import is_bare_name, locate
-from evomerge.strict_yaml import load_yaml
 
-__all__ = ["ScorerGrade", "Suite", "SuiteConfig", "Task", "TaskResult"]
-
-# The scorer that a language model behind a network stands for.
-JUDGE = "judge"
+__all__ = ["JUDGE", "ScorerGrade", "Suite", "SuiteConfig", "Task", "TaskResult"]
 
 _NAMED_AT_MOST = 5
-
-
-class SuiteConfig(BaseModel):
-    """What a suite file, or the key `suite:` of a study, says.
-
-    `data` is a JSONL file; `id`, `input`, `reference` and `category` name its columns. Without
-    `id` the column "id" is taken where there is one, else the line's number; without `category`
-    all tasks are of one. `prompt` is a jinja template that may use input, id and category.
-    `chat`: None means through the tokenizer's chat template if it has one. `scorer` is the name of
-    one, or a mapping of several to their weights: each is then scaled to [0, 1] by its range, and
-    the grade is their weighted mean. Repetitions of greedy answers are sampled with
-    `selection_temperature`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
-    data: str
-    id: str | None = None
-    input: str = "input"
-    reference: str = "output"
-    category: str | None = None
-    max_tokens: int = Field(default=256, ge=1)
-    prompt: str = "{{ input }}"
-    system: str | None = None
-    chat: bool | None = None
-    stop: tuple[str, ...] = ()
-    temperature: float = Field(default=0.0, ge=0.0)
-    selection_temperature: float = Field(default=0.7, gt=0.0)
-
-    @field_validator("scorer")
-    @classmethod
-    def _names_known_scorers(cls, scorer: str | Mapping[str, float]) -> str | Mapping[str, float]:
-        names = [scorer] if isinstance(scorer, str) else list(scorer)
-        if not names:
-            raise ValueError("a mapping of scorers needs at least one: {exact: 1.0}")
-        for name in names:
-            if name not in SCORERS and name != JUDGE:
-                raise ValueError(f"no scorer {name!r}{_nearest(name, [*SCORERS, JUDGE])}")
-        return scorer
+_NOTHING_OF_ITS_OWN = GenerationConfig()
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks with everything that decides their grades; ids are unique, the order is the file's."""
+    """Tasks with everything that decides their grades; ids are unique, the order is the file's.
+
+    `where` names the suite in messages: a preset's name, a file, or "suite".
+    """
 
     config: SuiteConfig
     tasks: tuple[Task, ...]
+    where: str = "suite"
 
     @property
     def weights(self) -> Mapping[str, float]:
         """The weight of each scorer, by its name: one alone has the weight 1."""
-        scorer = self.config.scorer
-        return {scorer: 1.0} if isinstance(scorer, str) else scorer
+        return self.config.weights
+
+    @property
+    def rubric(self) -> Rubric | None:
+        """What the suite's judge is told; None where it needs none."""
+        config = self.config.rubric
+        if config is None or JUDGE not in self.weights:
+            return None
+        return Rubric(config.prompt, config.low, config.high, config.empty, self.where)
 
     @property
     def scorers(self) -> Mapping[str, Scorer]:
         """The scorers that need nothing but the answer, by name; others are graders (a judge)."""
-        return {name: SCORERS[name] for name in self.weights if name in SCORERS}
+        return scorers_of(self.config)
 
     @property
     def scorer_name(self) -> str:
@@ -99,7 +65,7 @@ class Suite:
     @property
     def chat(self) -> Chat:
         """How prompts become chats."""
-        return Chat(self.config.chat, self.config.system)
+        return Chat(self.config.chat, self.config.system, self.config.chat_template)
 
     def generation(self, task: Task, attempt: int = 0) -> GenerationSettings:
         """How the answer to `task` is generated.
@@ -110,20 +76,23 @@ class Suite:
         `selection_temperature`.
         """
         config = self.config
-        temperature = config.temperature
+        own = config.by_category.get(task.category, _NOTHING_OF_ITS_OWN)
+        temperature = config.temperature if own.temperature is None else own.temperature
         if attempt and not temperature:
             temperature = config.selection_temperature
         return GenerationSettings(
-            max_tokens=config.max_tokens,
+            max_tokens=own.max_tokens or config.max_tokens,
             temperature=temperature,
-            stop=config.stop,
+            top_p=own.top_p or config.top_p,
+            repetition_penalty=own.repetition_penalty or config.repetition_penalty,
+            stop=config.stop if own.stop is None else own.stop,
             seed=_seed(self.digest, attempt) if temperature else None,
         )
 
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of everything that can change a grade; the place of the file is not."""
-        settings = self.config.model_dump(mode="json", exclude={"data"})
+        settings = self.config.model_dump(mode="json", exclude={"data", "join"})
         content = [settings, [asdict(task) for task in self.tasks]]
         text = json.dumps(content, ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -134,46 +103,27 @@ class Suite:
         return [by_id[task_id] for task_id in task_ids]
 
 
-def load_suite(suite: SuiteConfig | str, folder: Path) -> Suite:
+def load_suite(suite: SuiteConfig | str, folder: Path, data: Path | None = None) -> Suite:
     """The suite of a configuration, a preset's bare name or a suite file, with its tasks read.
 
-    Paths are relative to `folder`, that of the study; `data` in a suite file to that file.
+    Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
+    table `data` takes the place of the suite's own.
     Raises ConfigError naming file and line on whatever is wrong.
     """
-    if isinstance(suite, SuiteConfig):
-        return Suite(suite, read_tasks(suite, folder / suite.data))
-    path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
-    config = read_suite_config(path)
-    return Suite(config, read_tasks(config, path.parent / config.data))
+    where = "suite"
+    if not isinstance(suite, SuiteConfig):
+        path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
+        where = suite if is_bare_name(suite) else str(path)
+        suite, folder = read_suite_config(path), path.parent
+    tables = find_tables(suite, folder, data, where)
+    found = Suite(suite, read_tasks(suite, tables, scorers_of(suite)), where)
+    _check_rubric(found)
+    return found
 
 
-def read_suite_config(path: Path) -> SuiteConfig:
-    """The configuration in the YAML file `path`; ConfigError names every wrong key at once."""
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a suite is a mapping with the keys {_suite_keys()}")
-    try:
-        return SuiteConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from error
-
-
-def read_tasks(config: SuiteConfig, path: Path) -> tuple[Task, ...]:
-    """The tasks in the JSONL file `path`, in its order; ConfigError names file and line."""
-    rows = list(_rows(path))
-    if not rows:
-        raise ConfigError(f"{path}: holds no task; one JSON object per line is needed")
-    id_column = config.id or ("id" if "id" in rows[0][1] else None)
-    tasks = tuple(_task(config, id_column, row, f"{path}:{line}", line) for line, row in rows)
-    first_line: dict[str, int] = {}
-    for task, (line, _) in zip(tasks, rows, strict=True):
-        if task.id in first_line:
-            raise ConfigError(f"{path}:{line}: id {task.id!r} stands in line {first_line[task.id]}")
-        first_line[task.id] = line
-    return tasks
+def scorers_of(config: SuiteConfig) -> Mapping[str, Scorer]:
+    """The scorers of a suite that need nothing but the answer, by name."""
+    return {name: SCORERS[name] for name in config.weights if name in SCORERS}
 
 
 def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list[Task]]:
@@ -199,77 +149,39 @@ def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list
 
 
 def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) -> None:
-    """Raises ConfigError naming the tasks whose prompt and answer do not fit the context."""
-    add_special_tokens = not uses_chat(engine, suite.chat)
-    allowed = engine.max_model_len - suite.config.max_tokens
-    prompts = {task.id: ask(engine, suite.chat, task) for task in tasks}
-    too_long = [
-        (task_id, count)
-        for task_id, prompt in prompts.items()
-        if (count := engine.count_tokens(prompt, add_special_tokens=add_special_tokens)) > allowed
-    ]
+    """Raises ConfigError naming the tasks whose prompt and answer do not fit the context.
+
+    In a conversation all turns have to fit, with answers of max_tokens each.
+    """
+    allowed = engine.max_model_len
+    needed = {task.id: _tokens_at_most(engine, suite, task) for task in tasks}
+    too_long = {task_id: count for task_id, count in needed.items() if count > allowed}
     if too_long:
-        named = ", ".join(f"{task_id} ({count})" for task_id, count in too_long[:_NAMED_AT_MOST])
+        named = ", ".join(
+            f"{task_id} ({count - allowed} too many)"
+            for task_id, count in list(too_long.items())[:_NAMED_AT_MOST]
+        )
         more = f" and {len(too_long) - _NAMED_AT_MOST} more" * (len(too_long) > _NAMED_AT_MOST)
         raise ConfigError(
-            f"suite: {len(too_long)} of {len(tasks)} prompts are longer than {allowed} tokens "
-            f"(max_model_len {engine.max_model_len} less max_tokens {suite.config.max_tokens}): "
-            f"tasks {named}{more}; shorten them, lower max_tokens or raise engine.max_model_len"
+            f"{suite.where}: {len(too_long)} of {len(tasks)} tasks do not fit the context of "
+            f"{allowed} tokens, with answers of max_tokens {suite.config.max_tokens}: "
+            f"{named}{more}; shorten them, lower max_tokens or raise engine.max_model_len"
         )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(line number from 1, object) of each line of a JSONL file that is not blank."""
-    try:
-        # Not splitlines(): it also breaks at U+2028 and others that may stand inside a JSON string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the task file cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON object: {error}") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}:{number}: {line.strip()[:40]!r} is not a JSON object")
-        yield number, row
+def _check_rubric(suite: Suite) -> None:
+    """Raises ConfigError where the judge's prompt cannot be made of one of the tasks."""
+    if suite.rubric is not None:
+        for task in suite.tasks:
+            suite.rubric.question(GradeRequest(task, "an answer", attempt=0))
 
 
-def _task(
-    config: SuiteConfig, id_column: str | None, row: Mapping[str, object], where: str, line: int
-) -> Task:
-    fields = {
-        "id": str(line) if id_column is None else _text(row, id_column, "id", where),
-        "input": _text(row, config.input, "input", where),
-        "category": _text(row, config.category, "category", where) if config.category else "all",
-    }
-    reference = _text(row, config.reference, "reference", where)
-    user = render_template(config.prompt, fields, where)
-    task = Task(fields["id"], fields["input"], reference, fields["category"], user)
-    names = [config.scorer] if isinstance(config.scorer, str) else config.scorer
-    for name in names:
-        if name in SCORERS and (objection := SCORERS[name].objection(task)):
-            raise ConfigError(f"{where}: {config.reference}: scorer {name}: {objection}")
-    return task
-
-
-def _text(row: Mapping[str, object], column: str, key: str, where: str) -> str:
-    """The value of a column that the suite's `key` names; numbers as JSON writes them."""
-    if column not in row:
-        raise ConfigError(
-            f"{where}: no column {column!r} (suite key {key}); "
-            f"this line has {', '.join(row) or 'none'}{_nearest(column, row)}"
-        )
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    raise ConfigError(
-        f"{where}: {column!r} is {json.dumps(value)[:40]}; a text or a number is needed"
-    )
+def _tokens_at_most(engine: Engine, suite: Suite, task: Task) -> int:
+    """The tokens of all prompts of a task and of answers as long as they may become."""
+    prompt = ask(engine, suite.chat, task, [""] * len(task.turns))
+    add_special_tokens = not uses_chat(engine, suite.chat)
+    answers = suite.generation(task).max_tokens * (1 + len(task.turns))
+    return engine.count_tokens(prompt, add_special_tokens=add_special_tokens) + answers
 
 
 def _held_out_numbers(sizes: Mapping[str, int], share: float) -> dict[str, int]:
@@ -292,23 +204,3 @@ def _seed(digest: str, attempt: int) -> int:
 
 def _shuffle_key(task_id: str) -> str:
     return hashlib.sha256(task_id.encode()).hexdigest()
-
-
-def _complaints(error: ValidationError) -> list[str]:
-    return [
-        f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-        + (_nearest(str(item["loc"][0]), SuiteConfig.model_fields))
-        * (item["type"] == "extra_forbidden")
-        for item in error.errors()
-    ]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A parenthesis that names the nearest known key, or all of them."""
-    words = list(known)
-    close = difflib.get_close_matches(name, words, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(words)})"
-
-
-def _suite_keys() -> str:
-    return ", ".join(SuiteConfig.model_fields)

@@ -89,6 +89,7 @@ class LateGrader:
 
 
 def suite_of(*tasks: Task, **settings: object) -> Suite:
+    settings = {"rubric": {"prompt": "{{ answer }}", "low": 1, "high": 5}, **settings}
     return Suite(SuiteConfig.model_validate({"data": "tasks.jsonl", **settings}), tasks)
 
 

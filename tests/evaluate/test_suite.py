@@ -134,10 +134,19 @@ def test_a_suite_file_finds_its_data_beside_it(tmp_path: Path) -> None:
         ("", "holds no task"),
         ('{"input": "a", "output": "b"}\n{"input"', "tasks.jsonl:2: not a JSON object"),
         ('"text"', "tasks.jsonl:1: '\"text\"' is not a JSON object"),
-        ('{"inptu": "a", "output": "b"}', r"tasks.jsonl:1: no column 'input'.*did you mean inptu"),
-        ('{"input": "a", "output": null}', "tasks.jsonl:1: 'output' is null"),
-        ('{"input": "a", "output": true}', "tasks.jsonl:1: 'output' is true"),
-        ('{"input": "a", "output": ""}', "tasks.jsonl:1: output: scorer exact: .*empty"),
+        (
+            '{"inptu": "a", "output": "b"}',
+            r"tasks.jsonl:1: no column 'input'.*did you mean 'inptu'",
+        ),
+        (
+            '{"input": "a", "output": null}',
+            "tasks.jsonl:1: 'output' .suite key reference. is 'null'",
+        ),
+        (
+            '{"input": "a", "output": true}',
+            "tasks.jsonl:1: 'output' .suite key reference. is 'true'",
+        ),
+        ('{"input": "a", "output": ""}', "tasks.jsonl:1: 'output' .* is empty; `reference: null`"),
         (
             '{"id": 1, "input": "a", "output": "b"}\n{"id": 1, "input": "c", "output": "d"}',
             "tasks.jsonl:2: id '1' stands in line 1",
@@ -166,9 +175,9 @@ def test_a_suite_file_names_all_wrong_keys_at_once(tmp_path: Path) -> None:
     path.write_text("{scorer: exakt, data: t.jsonl, max_token: 3}")
     with pytest.raises(ConfigError) as raised:
         load_suite(str(path), tmp_path)
-    assert "did you mean exact?" in str(raised.value)
+    assert "did you mean 'exact'?" in str(raised.value)
     assert "max_token: " in str(raised.value)
-    assert "did you mean max_tokens?" in str(raised.value)
+    assert "did you mean 'max_tokens'?" in str(raised.value)
 
 
 def test_max_tokens_must_be_positive() -> None:
@@ -299,6 +308,6 @@ def test_chat_true_without_a_template_is_refused(tmp_path: Path) -> None:
 def test_prompts_that_do_not_fit_with_their_answers_are_named(tmp_path: Path) -> None:
     rows = [{"input": "a b c", "output": "x"}, {"input": "a b c d e", "output": "x"}]
     suite = suite_of(tmp_path, rows, max_tokens=4)
-    with pytest.raises(ConfigError, match=r"1 of 2 prompts .* 4 tokens .*tasks 2 \(6\)"):
+    with pytest.raises(ConfigError, match=r"1 of 2 tasks .* 8 tokens.*: 2 \(2 too many\)"):
         check_prompt_lengths(EchoEngine(), suite, suite.tasks)
     check_prompt_lengths(EchoEngine(), suite, suite.tasks[:1])

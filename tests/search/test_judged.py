@@ -25,7 +25,7 @@ Study = Callable[..., StudyConfig]
 
 def grade_by_length(prompt: str) -> str:
     """A judge that likes some answers better than others."""
-    answer = prompt.partition("# Answer to be graded\n")[2].partition("\n\nFirst give")[0]
+    answer = prompt.partition("# The answer to grade\n")[2].partition("\n\n# What")[0]
     return json.dumps({"reason": "its characters", "grade": 1 + sum(map(ord, answer)) % 5})
 
 

@@ -1,0 +1,342 @@
+"""What a suite file says: where its tasks are, how they are asked and how they are graded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.evaluate.scorers import SCORERS
+from evomerge.evaluate.tables import read_text
+from evomerge.resources import data_root, is_bare_name, locate
+from evomerge.strict_yaml import load_yaml
+
+# The scorer that a language model behind a network stands for.
+JUDGE = "judge"
+
+# The preset whose rubric a suite with a judge has that says nothing of one.
+_USUAL_RUBRIC = "jsonl-judge"
+
+# A suite of one's own adds to these of the suite that it is like, others it replaces.
+_MERGED = ("rubric", "by_category", "fields")
+# Values that may be the text of a file: {file: NAME}, relative to the file that says so.
+_TEXTS = ("prompt", "chat_template")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
+
+
+class DataSource(_Strict):
+    """Where tasks come from that are not beside the suite.
+
+    Files of the dataset repository `hub` (owner/name) at `revision`; without `hub` one that has to
+    be brought, and `source` says from where.
+    """
+
+    file: Names
+    hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if self.hub is None and self.source is None:
+            raise ValueError("hub (owner/name) or source (where to get the file) is missing")
+        if self.hub is None and self.revision is not None:
+            raise ValueError("revision is that of a hub repository, and hub is missing")
+        return self
+
+
+class JoinConfig(_Strict):
+    """A second table, whose columns every task gets from the row with the same value in `key`.
+
+    `file` is looked for where the first table is; of several names the first that is there.
+    """
+
+    file: Names
+    key: Annotated[str, Field(min_length=1)]
+
+
+class RubricConfig(_Strict):
+    """What a judge is told (a Jinja template, `evaluate.rubric.Rubric`) and may give.
+
+    `empty` is the grade of an answer without words, for which the judge is not asked.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)]
+    low: int
+    high: int
+    empty: float | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.empty is not None and not self.low <= self.empty <= self.high:
+            raise ValueError(f"empty {self.empty:g} is not in {self.low} to {self.high}")
+        return self
+
+
+class GenerationConfig(_Strict):
+    """How the answers of one category are generated, where that differs from the suite's."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    stop: tuple[str, ...] | None = None
+
+
+class SuiteConfig(_Strict):
+    """What a suite file, or the key `suite:` of a study, says.
+
+    `like` (a preset's name or a suite file) gives every key that is not said here.
+
+    `data` is a table (JSONL, CSV, TSV, Parquet, XLSX) or a `DataSource`; `join` adds columns from a
+    second one; `only` keeps the rows with these values. `id`, `input`, `reference` and `category`
+    name its columns; `turns.0` is the first of a list. Without `id` the column "id", "task_id" or
+    "question_id" is taken where there is one, else the row's number; without `category` all tasks
+    are of one; `reference: null` means that there are none, and only tasks of the categories
+    `reference_for` have one where that is said. `fields` are further columns, by the names that
+    templates use; `turns` the columns of later user turns and `turn_references` of their right
+    answers; `choices` the columns of the answers to choose from, or one with a list of them.
+
+    `prompt` is a jinja template that may use input, id, category and the fields. `chat`: None means
+    through the tokenizer's chat template if it has one; `chat_template` is one to use in its place:
+    the name of one that ships, or its text. `by_category` changes the settings of generation.
+    `scorer` is the name of one, or a mapping of several to their weights: each is then scaled to
+    [0, 1] by its range, and the grade is their weighted mean. `rubric` is what a judge is
+    told (without one, what jsonl-judge tells it). Repetitions of greedy answers are sampled with
+    `selection_temperature`.
+    """
+
+    scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
+    rubric: RubricConfig | None = None
+    data: Annotated[str, Field(min_length=1)] | DataSource | None = None
+    join: JoinConfig | None = None
+    only: Mapping[str, str | int | tuple[str | int, ...]] = {}
+    id: str | None = None
+    input: str = "input"
+    reference: str | None = "output"
+    reference_for: tuple[str, ...] | None = None
+    category: str | None = None
+    fields: Mapping[str, str] = {}
+    turns: Names = ()
+    turn_references: Names = ()
+    choices: Names = ()
+    prompt: str = "{{ input }}"
+    system: str | None = None
+    chat: bool | None = None
+    chat_template: str | None = None
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    stop: tuple[str, ...] = ()
+    by_category: Mapping[str, GenerationConfig] = {}
+    selection_temperature: float = Field(default=0.7, gt=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_over(cls, content: object, info: ValidationInfo) -> object:
+        if not isinstance(content, Mapping):
+            return content
+        folder = (info.context or {}).get("folder", Path())
+        try:
+            return _with_rubric(_complete(dict(content), folder))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("scorer")
+    @classmethod
+    def _names_known_scorers(cls, scorer: str | Mapping[str, float]) -> str | Mapping[str, float]:
+        names = [scorer] if isinstance(scorer, str) else list(scorer)
+        if not names:
+            raise ValueError("a mapping of scorers needs at least one: {exact: 1.0}")
+        for name in names:
+            if name not in SCORERS and name != JUDGE:
+                raise ValueError(f"no scorer {name!r}{nearest(name, [*SCORERS, JUDGE])}")
+        return scorer
+
+    @field_validator("fields")
+    @classmethod
+    def _leaves_the_names_of_others(cls, fields: Mapping[str, str]) -> Mapping[str, str]:
+        taken = ("id", "input", "reference", "category", "answer", "turns")
+        wrong = [name for name in fields if name in taken or not name.isidentifier()]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} cannot name a field: right is a word of letters, digits and _ "
+                f"that is none of {', '.join(taken)}"
+            )
+        return fields
+
+    @field_validator("chat_template")
+    @classmethod
+    def _by_name_or_text(cls, template: str | None) -> str | None:
+        if template is None or "{{" in template or "{%" in template:
+            return template
+        return _shipped_template(template)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.chat is False and self.chat_template is not None:
+            raise ValueError("chat: false leaves no use for chat_template; leave one of them out")
+        if len(self.turn_references) not in (0, len(self.turns)):
+            raise ValueError(
+                f"turn_references: {len(self.turn_references)} columns for {len(self.turns)} "
+                "further turns; right is one each"
+            )
+        return self
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each scorer, by its name: one alone has the weight 1."""
+        return {self.scorer: 1.0} if isinstance(self.scorer, str) else self.scorer
+
+
+def read_suite_config(path: Path) -> SuiteConfig:
+    """The configuration in the YAML file `path`; ConfigError names every wrong key at once."""
+    content = _content(path)
+    try:
+        return SuiteConfig.model_validate(content, context={"folder": path.parent})
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from error
+
+
+def chat_template_names() -> list[str]:
+    """The names of the chat templates that ship."""
+    return sorted(path.stem for path in _templates().glob("*.jinja"))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a suite is a mapping with the keys {', '.join(_keys())}")
+    return content
+
+
+def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) -> dict[str, Any]:
+    """`content` with the texts of its files, and what it is like below it.
+
+    Raises ConfigError where a file is not there, or a suite is like itself.
+    """
+    filled = _with_texts(content, folder)
+    like = filled.pop("like", None)
+    if like is None:
+        return filled
+    if not isinstance(like, str):
+        raise ConfigError(f"like: {like!r} is neither a preset's name nor a suite file")
+    path = locate(like if is_bare_name(like) else str(folder / like), "evaluators")
+    if path in seen:
+        raise ConfigError(f"like: {path} is like itself")
+    below = _complete(_content(path), path.parent, (*seen, path))
+    below = _with_data_beside(below, path.parent)
+    for key in _MERGED:
+        if isinstance(below.get(key), Mapping) and isinstance(filled.get(key), Mapping):
+            filled[key] = {**below[key], **filled[key]}
+    return {**below, **filled}
+
+
+def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with a rubric for its judge: without one of its own that of jsonl-judge."""
+    scorer = content.get("scorer")
+    names = scorer if isinstance(scorer, Mapping) else (scorer,)
+    if content.get("rubric") is not None or JUDGE not in names:
+        return content
+    path = locate(_USUAL_RUBRIC, "evaluators")
+    return {**content, "rubric": _with_texts(_content(path), path.parent)["rubric"]}
+
+
+def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A suite file's own table stays the one beside it."""
+    if not isinstance(content.get("data"), str):
+        return content
+    return {**content, "data": str(folder / Path(content["data"]).expanduser())}
+
+
+def _with_texts(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    filled = {
+        key: _text(value, key, folder) if key in _TEXTS else value for key, value in content.items()
+    }
+    rubric = filled.get("rubric")
+    if isinstance(rubric, Mapping) and "prompt" in rubric:
+        text = _text(rubric["prompt"], "rubric.prompt", folder)
+        filled["rubric"] = {**rubric, "prompt": text}
+    return filled
+
+
+def _text(value: object, key: str, folder: Path) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != {"file"} or not isinstance(value["file"], str):
+        raise ConfigError(f"{key}: right is a text or {{file: NAME}}")
+    path = folder / Path(value["file"]).expanduser()
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
+
+
+def _templates() -> Path:
+    return data_root() / "evaluators" / "chat_templates"
+
+
+def _shipped_template(name: str) -> str:
+    names = chat_template_names()
+    if name not in names:
+        raise ValueError(
+            f"{name!r} is neither a Jinja text nor the name of a template{nearest(name, names)}"
+        )
+    # An editor's line break at the end of the file is none of the template's.
+    return read_text(_templates() / f"{name}.jinja").removesuffix("\n")
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    return [_complaint(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+
+
+def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    place = f"{'.'.join(map(str, location))}: " if location else ""
+    if kind == "extra_forbidden":
+        return f"{place}unknown key{nearest(str(location[-1]), _keys_at(location))}"
+    return place + message.removeprefix("Value error, ")
+
+
+def _keys_at(location: tuple[int | str, ...]) -> Sequence[str]:
+    """The keys that may stand where the last one of `location` does."""
+    models: dict[str, type[BaseModel]] = {
+        "data": DataSource,
+        "join": JoinConfig,
+        "rubric": RubricConfig,
+        "by_category": GenerationConfig,
+    }
+    outer = str(location[0]) if len(location) > 1 else ""
+    return list(models[outer].model_fields) if outer in models else _keys()
+
+
+def _keys() -> list[str]:
+    return ["like", *SuiteConfig.model_fields]

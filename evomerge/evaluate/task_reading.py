@@ -1,0 +1,232 @@
+"""The tasks of a suite, out of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.hub import dataset_file
+from evomerge.evaluate.prompts import render_template
+from evomerge.evaluate.scorers import Scorer
+from evomerge.evaluate.suite_config import DataSource, JoinConfig, SuiteConfig
+from evomerge.evaluate.tables import Row, cell, read_rows, text_in
+from evomerge.evaluate.task import Task
+
+_ID_COLUMNS = ("id", "task_id", "question_id")
+_NAMED_AT_MOST = 5
+
+
+def find_tables(config: SuiteConfig, folder: Path, data: Path | None, where: str) -> list[Path]:
+    """The local files of the suite's tasks: `data` where that is given, else those of its `data:`.
+
+    Relative names start at `folder`; what a hub has is fetched. Raises ConfigError that says where
+    to get what is not there, and how to name a local copy of it.
+    """
+    if data is not None:
+        return [data]
+    source = config.data
+    if isinstance(source, str):
+        return [folder / Path(source).expanduser()]
+    if source is None:
+        raise ConfigError(f"{where}: it has no tasks of its own; {_how_to_name('FILE', where)}")
+    return _brought(source, where)
+
+
+def read_tasks(
+    config: SuiteConfig, tables: Sequence[Path], scorers: Mapping[str, Scorer]
+) -> tuple[Task, ...]:
+    """The tasks in `tables`, in their order; ConfigError names file and line."""
+    found = [row for path in tables for row in read_rows(path)]
+    if not found:
+        names = ", ".join(map(str, tables))
+        raise ConfigError(f"{names}: holds no task; one row (or JSON object per line) is needed")
+    rows = _kept(config, found)
+    if config.join is not None:
+        rows = _joined(config.join, rows, tables[0])
+    id_column = config.id or next((name for name in _ID_COLUMNS if name in rows[0].cells), None)
+    tasks = [_task(config, id_column, row) for row in rows]
+    _refuse_repeated_ids(tasks, rows)
+    _refuse_empty(config, tasks, rows)
+    for task, row in zip(tasks, rows, strict=True):
+        _check_scorable(config, scorers, task, row)
+    _check_categories(config, tasks, tables[0])
+    return tuple(tasks)
+
+
+def _brought(source: DataSource, where: str) -> list[Path]:
+    files = ", ".join(source.file)
+    if source.hub is None:
+        raise ConfigError(
+            f"{where}: its tasks do not ship; get {files} from {source.source}, then "
+            f"{_how_to_name(source.file[0], where)}"
+        )
+    try:
+        return [dataset_file(source.hub, source.revision, file) for file in source.file]
+    except ConfigError as error:
+        raise ConfigError(
+            f"{where}: {error}; with a copy of it, {_how_to_name(source.file[0], where)}"
+        ) from error
+
+
+def _how_to_name(file: str, where: str) -> str:
+    if where == "suite":  # it stands in the study itself
+        return f"name it there by `data: {file}`"
+    return f"name it by `--data {file}`, or in a study by `suite: {{like: {where}, data: {file}}}`"
+
+
+def _kept(config: SuiteConfig, rows: Sequence[Row]) -> list[Row]:
+    """The rows that `only:` keeps; ConfigError where none is left."""
+    wanted = {
+        column: {str(value) for value in (values if isinstance(values, tuple) else (values,))}
+        for column, values in config.only.items()
+    }
+    kept = [
+        row
+        for row in rows
+        if all(text_in(row, column, "only") in values for column, values in wanted.items())
+    ]
+    if not kept:
+        raise ConfigError(
+            f"{rows[0].where}: only: {dict(config.only)} keeps none of {len(rows)} rows"
+        )
+    return kept
+
+
+def _joined(join: JoinConfig, rows: Sequence[Row], beside: Path) -> list[Row]:
+    """Each row with the columns of the other table's row of the same `key`."""
+    places = [beside.parent / Path(name).expanduser() for name in join.file]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"{beside}: join: neither {' nor '.join(map(str, places))} is there; put it beside "
+            "the tasks, or name it in the suite's join.file"
+            if len(places) > 1
+            else f"{beside}: join: {places[0]} is not there"
+        )
+    others = {text_in(row, join.key, "join.key"): row for row in read_rows(path)}
+    return [_with_other(join, row, others, path) for row in rows]
+
+
+def _with_other(join: JoinConfig, row: Row, others: Mapping[str, Row], path: Path) -> Row:
+    value = text_in(row, join.key, "join.key")
+    if value not in others:
+        raise ConfigError(f"{row.where}: {path} has no row with {join.key} {value!r}")
+    return Row(row.where, row.number, {**others[value].cells, **row.cells})
+
+
+def _task(config: SuiteConfig, id_column: str | None, row: Row) -> Task:
+    known = {
+        "id": str(row.number) if id_column is None else text_in(row, id_column, "suite key id"),
+        "input": text_in(row, config.input, "suite key input"),
+        "category": "all"
+        if config.category is None
+        else text_in(row, config.category, "suite key category"),
+    }
+    further = {
+        name: _text_or_nothing(row, column, f"suite key fields.{name}")
+        for name, column in config.fields.items()
+    }
+    has_reference = config.reference is not None and (
+        config.reference_for is None or known["category"] in config.reference_for
+    )
+    later = config.turn_references if has_reference else ()
+    return Task(
+        id=known["id"],
+        input=known["input"],
+        reference=text_in(row, config.reference, "suite key reference")
+        if config.reference is not None and has_reference
+        else "",
+        category=known["category"],
+        user=render_template(config.prompt, {**further, **known}, row.where),
+        fields=further,
+        turns=tuple(text_in(row, column, "suite key turns") for column in config.turns),
+        turn_references=tuple(text_in(row, column, "suite key turn_references") for column in later)
+        or ("",) * len(config.turns),
+        choices=_choices(config, row),
+    )
+
+
+def _text_or_nothing(row: Row, column: str, key: str) -> str:
+    return "" if cell(row, column, key) is None else text_in(row, column, key)
+
+
+def _choices(config: SuiteConfig, row: Row) -> tuple[str, ...]:
+    """The answers to choose from: of one column with a list, or of a column each."""
+    if len(config.choices) != 1:
+        return tuple(text_in(row, column, "suite key choices") for column in config.choices)
+    column = config.choices[0]
+    values: Any = cell(row, column, "suite key choices")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(
+            f"{row.where}: {column!r} (suite key choices) is no list of texts; "
+            "name a column for each choice, or one with a list"
+        )
+    return tuple(values)
+
+
+def _refuse_repeated_ids(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+    first: dict[str, Row] = {}
+    for task, row in zip(tasks, rows, strict=True):
+        if task.id in first:
+            raise ConfigError(
+                f"{row.where}: id {task.id!r} stands in {_short(first[task.id].where)} too"
+            )
+        first[task.id] = row
+
+
+def _refuse_empty(config: SuiteConfig, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+    """Raises ConfigError that names every task without words, or without a right answer."""
+    no_input = [not task.input.strip() for task in tasks]
+    no_reference = [_has_reference(config, task) and not task.reference.strip() for task in tasks]
+    for column, hint, empty in (
+        (f"{config.input!r} (suite key input)", "", no_input),
+        (
+            f"{config.reference!r} (suite key reference)",
+            "; `reference: null` says that there are none",
+            no_reference,
+        ),
+    ):
+        places = [row.where for row, is_empty in zip(rows, empty, strict=True) if is_empty]
+        if places:
+            more = f" and {len(places) - _NAMED_AT_MOST} more" * (len(places) > _NAMED_AT_MOST)
+            raise ConfigError(
+                f"{', '.join([places[0], *map(_short, places[1:_NAMED_AT_MOST])])}{more}: "
+                f"{column} is empty{hint}"
+            )
+
+
+def _has_reference(config: SuiteConfig, task: Task) -> bool:
+    wanted = config.reference_for
+    return config.reference is not None and (wanted is None or task.category in wanted)
+
+
+def _check_scorable(
+    config: SuiteConfig, scorers: Mapping[str, Scorer], task: Task, row: Row
+) -> None:
+    for name, scorer in scorers.items():
+        if objection := scorer.objection(task):
+            raise ConfigError(f"{row.where}: {config.reference}: scorer {name}: {objection}")
+
+
+def _check_categories(config: SuiteConfig, tasks: Iterable[Task], path: Path) -> None:
+    """Raises ConfigError where the suite speaks of a category that no task has."""
+    known = sorted({task.category for task in tasks})
+    for key, names in (
+        ("by_category", config.by_category),
+        ("reference_for", config.reference_for or ()),
+    ):
+        unknown = [name for name in names if name not in known]
+        # `only:` may have left out the rest, on purpose.
+        if unknown and not config.only:
+            raise ConfigError(
+                f"{path}: {key}: no task is of category {unknown[0]!r}; there are "
+                f"{', '.join(known)}"
+            )
+
+
+def _short(where: str) -> str:
+    """`line 3` of `tasks.jsonl:3`, `sheet row 3` of `tasks.xlsx, sheet row 3`."""
+    _, comma, rest = where.rpartition(", ")
+    return rest if comma else f"line {where.rpartition(':')[2]}"
