@@ -183,6 +183,9 @@ def _run(
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A study; else all.")] = None,
     *,
+    importance: Annotated[
+        bool, typer.Option("--importance", help="Which genes, slices and tensor groups matter.")
+    ] = False,
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -190,6 +193,9 @@ def status(
     from evomerge.search.status import list_studies, study_status
 
     directory = storage_directory(storage)
+    if importance:
+        eval_commands.show_importance(directory, name, as_json=as_json)
+        return
     if name is None:
         studies = list_studies(directory)
         print(json.dumps({"studies": studies}, indent=2) if as_json else _studies_text(studies))

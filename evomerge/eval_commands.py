@@ -99,6 +99,30 @@ def compare(
     print("\n".join(comparison_lines(found)))
 
 
+def show_importance(storage: Path, name: str | None, *, as_json: bool) -> None:
+    """`evomerge status NAME --importance`: the status with one key more, or its table."""
+    if name is None:
+        raise ConfigError("--importance is about one study: evomerge status NAME --importance")
+    from evomerge.search.sensitivity import study_sensitivity
+
+    found = study_sensitivity(storage, name)
+    if as_json:
+        from evomerge.search.status import study_status
+
+        document = {**study_status(storage, name), "importance": found}
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from evomerge.report.importance import importance_lines, importance_table, sums_table
+
+    console = Console()
+    console.print(importance_table(found))
+    if (table := sums_table(found)) is not None:
+        console.print(table)
+    print("\n".join(importance_lines(found)))
+
+
 def answer(
     model: Annotated[
         str,

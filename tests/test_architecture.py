@@ -59,8 +59,8 @@ LIBRARIES: dict[str, set[str]] = {
     "peft": set(),
     "pyarrow": {"evaluate/tables.py"},
     "rich": {
-        *("cli.py", "eval_commands.py", "report/comparison.py", "report/merge_display.py"),
-        *("report/bar.py", "report/progress.py", "report/table.py"),
+        *("cli.py", "eval_commands.py", "report/comparison.py", "report/importance.py"),
+        *("report/bar.py", "report/merge_display.py", "report/progress.py", "report/table.py"),
     },
     "sacrebleu": {"evaluate/scorers.py"},
     "safetensors": {"merge/checkpoint.py"},

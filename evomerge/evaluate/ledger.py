@@ -102,11 +102,16 @@ def mean_grade(results: Sequence[TaskResult]) -> float | None:
 def grades_by_candidate(
     connection: sql.Connection, study_id: int, candidates: Sequence[str]
 ) -> Mapping[str, dict[str, float | None]]:
-    """candidate -> task -> grade of these candidates of a study (the last attempt's)."""
+    """candidate -> task -> grade of these candidates of a study, in attempt 0."""
     query = (
         sql.select(answers.c.candidate, answers.c.task, grades.c.grade)
         .join(grades, grades.c.answer_id == answers.c.id)
-        .where(answers.c.study_id == study_id, answers.c.candidate.in_(candidates), grades.c.total)
+        .where(
+            answers.c.study_id == study_id,
+            answers.c.candidate.in_(candidates),
+            answers.c.attempt == 0,
+            grades.c.total,
+        )
         .order_by(answers.c.id)
     )
     found: dict[str, dict[str, float | None]] = {}

@@ -17,10 +17,9 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import Answered
 from evomerge.evaluate.suite import SuiteConfig, load_suite
 from evomerge.search.log import EventLog, begun_with
+from evomerge.search.selection import paired_interval
 from evomerge.search.status import Best, best_so_far, existing_log
 
-# What the percentiles of a bootstrap need: 10,000 give the ends of 95 % to about 1/50 of its width.
-_RESAMPLES = 10_000
 # The sections of a study that decide how answers come about and are graded.
 _COMPARED_SECTIONS = ("suite", "judge", "engine", "holdout")
 
@@ -138,13 +137,13 @@ def _check_scorers(sides: Sequence[Side]) -> None:
 
 
 def _shared(first: Side, second: Side) -> list[str]:
-    """The tasks that were the same on both sides, in the order of the first.
+    """The tasks that were the same on both sides, by name: so resampling them repeats itself.
 
     All of one id where the suites are the same; else those whose prompts are.
     """
     return [
         task
-        for task, answers in first.answers.items()
+        for task, answers in sorted(first.answers.items())
         if task in second.answers
         and (
             answers[0].suite_digest == second.answers[task][0].suite_digest
@@ -181,7 +180,7 @@ def _summary(pairs: Sequence[Pair]) -> dict[str, Any] | None:
     first, second = (
         np.array([getattr(pair, side) for pair in pairs]) for side in ("first", "second")
     )
-    difference, *interval = paired_interval(second, first)
+    difference, *interval = paired_interval(second[None], first[None], seed=0)
     return {
         "tasks": len(pairs),
         "first": float(first.mean()),
@@ -189,17 +188,6 @@ def _summary(pairs: Sequence[Pair]) -> dict[str, Any] | None:
         "difference": difference,
         "interval": interval if len(pairs) > 1 else None,
     }
-
-
-def paired_interval(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
-) -> tuple[float, float, float]:
-    """first − second in the mean, and its 95 % percentile bootstrap interval over tasks."""
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    # RandomState: its stream stays the same for good (NEP 19), and so does what is reported.
-    drawn = np.random.RandomState(0).randint(len(differences), size=(_RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
-    return float(differences.mean()), float(low), float(high)
 
 
 def _by_category(

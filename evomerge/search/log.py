@@ -261,11 +261,19 @@ class EventLog:
             self.history.apply(event.kind, json.loads(_to_json(event.payload)))
 
     def grades(self, candidates: Sequence[str]) -> Mapping[str, dict[str, float | None]]:
-        """candidate -> task -> grade, of these candidates."""
+        """candidate -> task -> grade, of these candidates, as far as the search may know them.
+
+        Neither fresh attempts count nor held-out tasks, which a winner answers, too.
+        """
         if self._study_id is None:
             return {}
         with self._database.connect() as connection:
-            return grades_by_candidate(connection, self._study_id, candidates)
+            found = grades_by_candidate(connection, self._study_id, candidates)
+        held_out = set((self.history.begun or {}).get("holdout_tasks", ()))
+        return {
+            candidate: {task: grade for task, grade in by_task.items() if task not in held_out}
+            for candidate, by_task in found.items()
+        }
 
     def answered(self, candidate: str) -> list[Answered]:
         """Every graded answer of this candidate, all attempts."""

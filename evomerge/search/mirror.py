@@ -1,4 +1,4 @@
-"""The told candidates as an Optuna study, for optuna-dashboard, importances and plots.
+"""The told candidates as an Optuna study, for optuna-dashboard and plots; Optuna's importances.
 
 Write-only: nothing of the search is ever read back from it. It follows from the log; what is
 behind it (after a kill, or a deleted file) is written anew.
@@ -6,12 +6,16 @@ behind it (after a kill, or a deleted file) is written anew.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import optuna
@@ -175,3 +179,50 @@ def _backend(path: Path) -> JournalFileBackend:
 
     # An open lock, not the default link: file systems without symbolic links are common enough.
     return JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+
+
+def importances(
+    places: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], share: float
+) -> npt.NDArray[np.float64]:
+    """How much each column of `places` (n, genes) matters to be among the best `share`.
+
+    Of every row of `scores` (k, n), by Optuna's PED-ANOVA, not normalised: shape (k, genes). Each
+    column must vary.
+    """
+    import optuna
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # The range that was drawn from, not the bounds: on a grid over bounds that are far away all
+    # candidates are in one cell.
+    distributions = {
+        str(gene): FloatDistribution(float(column.min()), float(column.max()))
+        for gene, column in enumerate(places.T)
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                value=0.0,
+                params=dict(zip(distributions, map(float, place), strict=True)),
+                distributions=dict(distributions),
+            )
+            for place in places
+        ]
+    )
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=share)
+    found = np.empty((len(scores), len(distributions)))
+    with warnings.catch_warnings():
+        # That a target is to be low, hence the minus, and that `normalize` is new.
+        warnings.simplefilter("ignore")
+        for index, row in enumerate(scores):
+            by_gene = get_param_importances(
+                study, evaluator=evaluator, target=_minus(row), normalize=False
+            )
+            found[index] = [by_gene[gene] for gene in distributions]
+    return found
+
+
+def _minus(scores: npt.NDArray[np.float64]) -> Callable[[optuna.trial.FrozenTrial], float]:
+    return lambda trial: -float(scores[trial.number])

@@ -135,7 +135,14 @@ def evolve_shape(config: GenomeConfig, scene: Scene) -> Numbers | LargestTwo:
     models, layers = scene.models, scene.layers
     if config.merge_method == "slerp":
         genes = tuple(
-            Gene(f"layers {first}-{end} | {model}", -_ANY, _ANY, 1 / len(models), is_weight=True)
+            Gene(
+                f"layers {first}-{end} | {model}",
+                -_ANY,
+                _ANY,
+                1 / len(models),
+                is_weight=True,
+                place=(("layers", f"{first}-{end}"), ("model", model)),
+            )
             for first, end in layers
             for model in short_names(models)
         )

@@ -23,7 +23,8 @@ class Gene:
     """One searched number, in its own units, within [low, high].
 
     `log`: its ratios count, not its differences (so low > 0). `is_weight`: the uniform
-    merge has 1 / number of models here; else it has `start`, where the search begins.
+    merge has 1 / number of models here; else it has `start`, where the search begins. `place` says
+    of `name` what is what: ("layers", "0-2"), ("model", "expert"), ("group", "self_attn").
     """
 
     name: str
@@ -32,6 +33,7 @@ class Gene:
     start: float
     log: bool = False
     is_weight: bool = False
+    place: tuple[tuple[str, str], ...] = ()
 
     @property
     def step(self) -> float:

@@ -190,20 +190,26 @@ class Grid:
                 start=self._start(one),
                 log=one.log,
                 is_weight=one.name == "weight",
+                place=(*self._words(place).items(), ("number", one.name)),
             )
             for one, *place in self.places()
         )
 
     def _title(self, name: str, place: list[int | None], *, only_weights: bool) -> str:
+        words = self._words(place)
+        titles = [f"layers {word}" if key == "layers" else word for key, word in words.items()]
+        return " | ".join(titles if only_weights and titles else [*titles, name])
+
+    def _words(self, place: list[int | None]) -> dict[str, str]:
         part, model, group = place
-        words = []
+        words = {}
         if part is not None:
-            words.append("layers {}-{}".format(*self.layers[part]))
+            words["layers"] = "{}-{}".format(*self.layers[part])
         if model is not None:
-            words.append(short_names(self.models)[model])
+            words["model"] = short_names(self.models)[model]
         if group is not None and self.filters:
-            words.append((*self.filters, "rest")[group])
-        return " | ".join(words if only_weights and words else [*words, name])
+            words["group"] = (*self.filters, "rest")[group]
+        return words
 
     def _start(self, one: Searched) -> float:
         if one.name == "weight" and one.asked_start is None:

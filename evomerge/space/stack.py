@@ -172,16 +172,32 @@ def _genes(
         f"round {place // in_a_round + 1} | {names[block.model]} | layers {block.first}-{block.end}"
         for place, block in enumerate(blocks)
     ]
+    places = [
+        (
+            ("round", str(place // in_a_round + 1)),
+            ("model", names[block.model]),
+            ("layers", f"{block.first}-{block.end}"),
+        )
+        for place, block in enumerate(blocks)
+    ]
     starts = [_THERE if place < per_model else _ABSENT for place in range(len(blocks))]
     there = [
-        Gene(f"{title} | there", -1.0, 1.0, start)
-        for title, start in zip(titles, starts, strict=True)
+        Gene(f"{title} | there", -1.0, 1.0, start, place=(*place, ("number", "there")))
+        for title, start, place in zip(titles, starts, places, strict=True)
     ]
     if not isinstance(config.scale, Bounds):
         return tuple(there)
     scale = searched_number(Parameter("scale", default=1.0), config.scale)
     scales = [
-        Gene(f"{title} | scale", scale.low, scale.high, scale.start, scale.log) for title in titles
+        Gene(
+            f"{title} | scale",
+            scale.low,
+            scale.high,
+            scale.start,
+            scale.log,
+            place=(*place, ("number", "scale")),
+        )
+        for title, place in zip(titles, places, strict=True)
     ]
     return (*there, *scales)
 
