@@ -90,7 +90,9 @@ class Landscape:
         if self.kind.ruggedness:
             field = np.cos(genomes @ self._waves.T + self._phases).sum(axis=1) * math.sqrt(2 / 64)
             ability = ability + self.kind.ruggedness * field[:, None]
-        return 1 + 4 / (1 + np.exp(-self._slope[tasks] * (ability - 1.0 - self._difficulty[tasks])))
+        return np.asarray(
+            1 + 4 / (1 + np.exp(-self._slope[tasks] * (ability - 1.0 - self._difficulty[tasks])))
+        )
 
     def grades(self, genomes: Array, tasks: Sequence[int], random: np.random.RandomState) -> Array:
         """(n, t) whole grades from 1 to 5 of fresh answers."""
@@ -107,7 +109,7 @@ class Landscape:
 
 def _normal(values: Array) -> Array:
     """The standard normal distribution function, by a table fine enough for three digits."""
-    return np.interp(values, _TABLE_AT, _TABLE)
+    return np.asarray(np.interp(values, _TABLE_AT, _TABLE))
 
 
 _TABLE_AT = np.linspace(-6, 6, 4801)
