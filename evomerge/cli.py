@@ -400,7 +400,7 @@ def extract(
 
 
 for _command in eval_commands.COMMANDS:
-    app.command(_command.__name__)(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 @presets_app.callback(invoke_without_command=True)

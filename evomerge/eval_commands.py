@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.errors import ConfigError
+from evomerge.errors import CandidateError, ConfigError
 from evomerge.terminal import (
     INTERRUPTED,
     JsonOption,
@@ -25,8 +28,12 @@ from evomerge.terminal import (
 if TYPE_CHECKING:
     from evomerge.engine.live_models import LiveSettings
     from evomerge.evaluate.answering import Answers, AskedTask
+    from evomerge.evaluate.judge_config import JudgeConfig
     from evomerge.evaluate.router import Router
+    from evomerge.evaluate.suite import Suite
+    from evomerge.evaluate.task import Task
     from evomerge.merge.inputs import InputModels
+    from evomerge.search.side_by_side import Contestant
 
 EngineOption = Annotated[
     str,
@@ -204,7 +211,7 @@ def answer(
     if routes is not None:
         refuse_existing_file(routes, overwrite=overwrite)
     inputs = _inputs(storage, dtype)
-    with stdout_for_results():
+    with _engines_at_work():
         table = _router(router, inputs, embedding, embedding_prefix, threshold)
         settings = AnswerSettings(
             generation=GenerationSettings(
@@ -239,6 +246,169 @@ def answer(
     print(out)
 
 
+@contextlib.contextmanager
+def _engines_at_work() -> Iterator[None]:
+    """What engines print goes to stderr, and nothing of what their libraries warn themselves of."""
+    with stdout_for_results(), warnings.catch_warnings():
+        # Of vLLM's and torch's own code: nothing that a reader could mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def eval_(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Folders, .gguf files, hub names; each with +ADAPTER, too."
+        ),
+    ],
+    *,
+    suite: Annotated[str, typer.Option(metavar="SUITE", help="A preset's name, or a suite file.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The suite's tasks, in place of its own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="N tasks, of all categories alike.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who grades, where the suite has a judge.")
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Its OpenAI-compatible API (…/v1).")
+    ] = None,
+    judge_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="The variable that holds its key.")
+    ] = None,
+    judge_local: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A judge that vLLM serves here instead.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Write the tables as Markdown.")
+    ] = None,
+    radar: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.png", help="Draw a radar chart (.png, .svg, .pdf); repeatable."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Answer again what the ledger has already.")
+    ] = False,
+    engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
+    max_model_len: ContextOption = None,
+    gpu_memory_utilization: MemoryOption = None,
+    threads: ThreadsOption = None,
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate models side by side, paired task by task against the first one."""
+    from evomerge.evaluate.graders import needs_judge
+    from evomerge.report.radar import check_charts, draw_radar
+    from evomerge.report.side_by_side import (
+        check_radar_categories,
+        evaluation_markdown,
+        evaluation_radar,
+    )
+    from evomerge.search.side_by_side import evaluation_json, measure_models
+
+    live = _live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
+    wanted, tasks = _suite(suite, data, limit)
+    judge = _judge(judge_model, judge_url, judge_key_env, judge_local)
+    if needs_judge(wanted) and judge is None:
+        raise ConfigError(
+            f"--judge-model: is missing, and {suite} is graded by a judge; as --judge-model "
+            "gpt-4.1 --judge-key-env OPENAI_API_KEY, or --judge-model NAME --judge-url "
+            "http://127.0.0.1:8000/v1, or --judge-local MODEL"
+        )
+    if markdown is not None:
+        refuse_existing_file(markdown, overwrite=overwrite)
+    if radar:
+        check_radar_categories(task.category for task in tasks)
+        check_charts(radar, overwrite=overwrite)
+    with _engines_at_work():
+        contestants = _contestants(models, _inputs(storage, dtype))
+        try:
+            measured = measure_models(
+                wanted,
+                tasks,
+                contestants,
+                live=live,
+                judge=judge,
+                storage=storage_directory(storage),
+                folder=Path(),
+                environment=os.environ,
+                fresh=fresh,
+                say=say,
+            )
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on, and pays for nothing twice")
+            raise typer.Exit(INTERRUPTED) from None
+    found = evaluation_json(suite, wanted, measured)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print_evaluation(found)
+    if markdown is not None:
+        write_new(markdown, evaluation_markdown(found), overwrite=overwrite)
+    if radar and any(one.score is not None for one in measured):
+        for note in draw_radar(evaluation_radar(found), radar, title=suite):
+            say(f"note: {note}")
+    if any(one.reason is not None for one in measured):
+        raise typer.Exit(1)
+
+
+def _suite(reference: str, data: Path | None, limit: int | None) -> tuple[Suite, list[Task]]:
+    """A suite, and its tasks or as many of them as `limit`, of all categories alike."""
+    from evomerge.evaluate.suite import load_suite
+    from evomerge.search.tasks import draw_tasks
+
+    suite = load_suite(reference, Path(), data=data)
+    if limit is None or limit >= len(suite.tasks):
+        return suite, list(suite.tasks)
+    drawn = set(draw_tasks({task.id: task.category for task in suite.tasks}, limit, 0, 0))
+    return suite, [task for task in suite.tasks if task.id in drawn]
+
+
+def _judge(
+    model: str | None, url: str | None, key_env: str | None, local: str | None
+) -> JudgeConfig | None:
+    from evomerge.evaluate.judge_config import judge_from_mapping
+
+    said = {"model": model, "base_url": url, "api_key_env": key_env, "local": local}
+    given = {key: value for key, value in said.items() if value is not None}
+    return judge_from_mapping(given, "--judge-…") if given else None
+
+
+def _contestants(models: Sequence[str], inputs: InputModels) -> list[Contestant]:
+    """The models with their folders; every one that is not to be had is told at once."""
+    from evomerge.search.side_by_side import Contestant
+
+    found: list[Contestant] = []
+    mistakes = [
+        f"{name}: is there twice" for name in dict.fromkeys(models) if models.count(name) > 1
+    ]
+    for name in models:
+        try:
+            found.append(Contestant(name, inputs.resolve(name)))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
+
+
+def _print_evaluation(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    from evomerge.report.side_by_side import categories_table, evaluation_notes, evaluation_table
+
+    console = Console()
+    for table in (evaluation_table(found), categories_table(found)):
+        if table is not None:
+            console.print(table)
+    print("\n".join(evaluation_notes(found)))
+
+
 def _answer_all(
     folder: Path, live: LiveSettings, asked: Sequence[AskedTask], answers: Answers, unit: int
 ) -> None:
@@ -255,6 +425,8 @@ def _answer_all(
         with LiveModels([folder], live, say).opened() as each, TaskBar(len(asked)) as bar:
             bar(len(answers.done))
             for _, engine in each:
+                if isinstance(engine, CandidateError):
+                    raise engine
                 answer_all(engine, asked, answers, unit=unit, told=bar)
     except KeyboardInterrupt:
         say(
@@ -325,4 +497,4 @@ def _identity(folder: Path, live: LiveSettings) -> list[object]:
     return [Checkpoint.open(folder).fingerprint(), live.name, live.dtype, options]
 
 
-COMMANDS = (answer, radar, compare)
+COMMANDS = (eval_, answer, radar, compare)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evomerge.engine import Engine, EngineConfig, open_engine
+from evomerge.errors import CandidateError
 from evomerge.merge.checkpoint import (
     GENERATION_FILE,
     TOKENIZER_FILES,
@@ -71,26 +72,32 @@ class LiveModels:
         return list(groups.values())
 
     @contextmanager
-    def opened(self) -> Iterator[Iterator[tuple[int, Engine]]]:
+    def opened(self) -> Iterator[Iterator[tuple[int, Engine | CandidateError]]]:
         """(place, the engine that is its model now) for each model, kind by kind.
 
-        An engine is closed when the next one is needed, and all at the end of the block. Raises
-        what engines raise when they start or load.
+        In place of the engine the CandidateError of a model that cannot be switched to (NaN in its
+        weights). An engine is closed when the next one is needed, and all at the end of the block.
+        Raises what engines raise when they start.
         """
         with ExitStack() as stack:
             yield self._each(stack)
 
-    def _each(self, stack: ExitStack) -> Iterator[tuple[int, Engine]]:
+    def _each(self, stack: ExitStack) -> Iterator[tuple[int, Engine | CandidateError]]:
         for places in self.turns():
             engine: Engine | None = None
             for place in places:
                 recipe = one_model(self._folders[place], self._kinds[place].dtype)
-                if engine is not None and engine.supports(recipe) is None:
-                    engine.load(recipe)
-                else:
+                if engine is None or engine.supports(recipe) is not None:
                     stack.close()
                     engine = stack.enter_context(self._start(place, places))
-                yield place, engine
+                    yield place, engine
+                    continue
+                try:
+                    engine.load(recipe)
+                except CandidateError as error:
+                    yield place, error
+                else:
+                    yield place, engine
 
     def _start(self, place: int, kin: Sequence[int]) -> Engine:
         folder = self._folders[place]

@@ -1,0 +1,147 @@
+"""What `evomerge eval` shows: tables for the terminal, Markdown, the table of a radar chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from evomerge.errors import ConfigError
+from evomerge.report.radar_table import RadarLine, RadarTable
+from evomerge.report.table import score_text
+
+
+def evaluation_table(found: Mapping[str, Any]) -> Table:
+    """The document of `eval --json` as a table: a row for each model."""
+    table = Table(title=f"Mean grade ({found['scorer']})", title_justify="left")
+    for number, heading in enumerate(_headings(found)):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in _rows(found):
+        table.add_row(*row)
+    return table
+
+
+def categories_table(found: Mapping[str, Any]) -> Table | None:
+    """The mean grade of each category and model; None where there is one category."""
+    categories = _categories(found)
+    if len(categories) < 2:
+        return None
+    table = Table(title="By category", title_justify="left")
+    table.add_column("category")
+    for row in found["models"]:
+        table.add_column(row["model"], justify="right")
+    for name in categories:
+        means = (score_text(row["categories"].get(name)) for row in found["models"])
+        table.add_row(name, *means)
+    return table
+
+
+def evaluation_markdown(found: Mapping[str, Any]) -> str:
+    """The same, for a README: the models, then their categories, then what is to be known."""
+    scores = _markdown(_headings(found), _rows(found))
+    categories = _categories(found)
+    by_category = ""
+    if len(categories) > 1:
+        rows = (
+            [row["model"], *(score_text(row["categories"].get(name)) for name in categories)]
+            for row in found["models"]
+        )
+        by_category = f"\n{_markdown(['model', *categories], rows)}"
+    notes = "".join(f"\n* {note}" for note in evaluation_notes(found))
+    return f"Suite: {found['suite']} ({found['scorer']})\n\n{scores}{by_category}" + (
+        f"{notes}\n" if notes else ""
+    )
+
+
+def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers has to know, a sentence each."""
+    notes = ["Intervals are 95 % bootstrap intervals over the tasks."]
+    for row in found["models"]:
+        if row["reason"] is not None:
+            notes.append(f"{row['model']} failed: {row['reason']}")
+        if row["unscored"]:
+            notes.append(
+                f"{row['model']}: {row['unscored']} of {row['tasks']} answers could not be graded "
+                "and are left out of its means."
+            )
+        if row["cut"]:
+            notes.append(f"{row['model']}: {row['cut']} answers were cut at max_tokens.")
+        notes += [
+            f"{row['model']}: {count} answers did not pass the gate {gate}."
+            for gate, count in sorted(row["gates"].items())
+        ]
+    return notes
+
+
+def evaluation_radar(found: Mapping[str, Any]) -> RadarTable:
+    """The models and categories for a radar chart. Raises ConfigError for fewer than three."""
+    categories = tuple(_categories(found))
+    lines = tuple(
+        RadarLine(
+            model=row["model"],
+            scores=tuple(row["categories"].get(name) for name in categories),
+            intervals=tuple(_pair(row["category_intervals"].get(name)) for name in categories),
+            mean=row["score"],
+            mean_interval=_pair(row["interval"]),
+        )
+        for row in found["models"]
+        if row["score"] is not None
+    )
+    table = RadarTable(categories, lines)
+    table.check("--radar")
+    return table
+
+
+def check_radar_categories(categories: Iterable[str]) -> None:
+    """Raises ConfigError where tasks of these categories make no radar chart."""
+    names = list(dict.fromkeys(categories))
+    if len(names) < 3:
+        raise ConfigError(
+            f"--radar: needs tasks of 3 categories or more; the suite's are {', '.join(names)} "
+            "(its key `category` names the column that has them)"
+        )
+
+
+def _headings(found: Mapping[str, Any]) -> list[str]:
+    headings = ["model", "score", "95 % interval"]
+    if len(found["models"]) > 1:
+        headings += [f"less {found['models'][0]['model']}", "95 % interval, paired"]
+    return [*headings, "tasks", "unscored"]
+
+
+def _rows(found: Mapping[str, Any]) -> list[list[str]]:
+    return [_row(row, alone=len(found["models"]) == 1) for row in found["models"]]
+
+
+def _row(row: Mapping[str, Any], *, alone: bool) -> list[str]:
+    cells = [row["model"], score_text(row["score"]), _interval(row["interval"])]
+    if not alone:
+        against = row["difference"]
+        cells.append("–" if against is None else f"{against['mean']:+.3f}")
+        cells.append("–" if against is None else _interval(against["interval"], signed=True))
+    return [*cells, str(row["tasks"]), str(row["unscored"])]
+
+
+def _interval(interval: Sequence[float] | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return "–"
+    sign = "+" if signed else ""
+    return " … ".join(format(end, f"{sign}.3f") for end in interval)
+
+
+def _categories(found: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in found["models"] for name in row["categories"]))
+
+
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "".join(f"| {' | '.join(_escaped(cell) for cell in line)} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|").replace("\n", " ")

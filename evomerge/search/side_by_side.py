@@ -1,0 +1,332 @@
+"""Models side by side: all answer the same tasks, and are compared task by task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.database import Database, can_be_read, open_database
+from evomerge.engine.base import Engine
+from evomerge.engine.live_models import LiveModels, LiveSettings
+from evomerge.errors import CandidateError
+from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.graders import open_graders
+from evomerge.evaluate.judge_config import JudgeConfig
+from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
+from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from evomerge.evaluate.suite import Suite, check_prompt_lengths
+from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.search.selection import paired_interval
+
+Interval = tuple[float, float]
+
+# Fixed, so that a table made twice is the same.
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model of the comparison: as the user named it, and the folder that it is."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model made of the tasks, in their order; `reason` says why it made nothing.
+
+    `known`: read from the ledger, not answered again.
+    """
+
+    model: str
+    results: tuple[TaskResult, ...] = ()
+    reason: str | None = None
+    known: bool = False
+
+    @property
+    def score(self) -> float | None:
+        """The mean grade; None where nothing could be graded."""
+        return mean_grade(self.results)
+
+    @property
+    def unscored(self) -> int:
+        return sum(result.grade is None for result in self.results)
+
+    @property
+    def cut(self) -> int:
+        """How many answers were cut at their most tokens."""
+        return sum(result.finish_reason == "length" for result in self.results)
+
+    @property
+    def gates(self) -> dict[str, int]:
+        """How many answers each gate found something wrong with."""
+        return dict(Counter(gate for result in self.results for gate in result.gates))
+
+    @property
+    def seconds(self) -> float:
+        """What the engine took for all answers."""
+        return math.fsum(result.seconds for result in self.results)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of the paired differences to another model, with its 95 % interval over tasks."""
+
+    to: str
+    mean: float
+    interval: Interval
+
+
+@dataclass
+class SideBySide:
+    """Evaluates models on the tasks of `suite`, one after another, and keeps all in `database`.
+
+    `judged_by` says all of the graders that can change a grade. `fresh`: also what the ledger has
+    already, of the very same model, engine, suite, judge and tasks, is answered again. `say` is
+    told a line for each model.
+    """
+
+    suite: Suite
+    live: LiveSettings
+    database: Database
+    graders: Mapping[str, Grader] = field(default_factory=dict)
+    judged_by: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    say: Callable[[str], None] = lambda line: None
+
+    def measure(self, contestants: Sequence[Contestant], tasks: Sequence[Task]) -> list[Measured]:
+        """What each model made of the tasks; graders work while the engine is on the next one.
+
+        A model that has no answers (its logits are NaN, too much of it cannot be graded) says why;
+        what is not its own fault is raised: ConfigError, EngineDiedError, RunError.
+        """
+        found = {
+            place: known
+            for place, one in enumerate(contestants)
+            if not self.fresh and (known := self._known(one, tasks)) is not None
+        }
+        for place, known in found.items():
+            self.say(_line(contestants[place].name, known) + ", in the ledger already")
+        left = [place for place in range(len(contestants)) if place not in found]
+        pending: dict[int, Future[list[TaskResult]]] = {}
+        models = LiveModels([contestants[place].folder for place in left], self.live, self.say)
+        with models.opened() as each:
+            for turn, engine in each:
+                place = left[turn]
+                try:
+                    pending[place] = self._begin(engine, tasks)
+                except CandidateError as error:
+                    found[place] = self._failed(contestants[place], error)
+                # At once what is graded by now: a kill loses no more than is in flight.
+                for done in [other for other, future in pending.items() if future.done()]:
+                    found[done] = self._finish(contestants[done], pending.pop(done))
+        for place, future in pending.items():
+            found[place] = self._finish(contestants[place], future)
+        return [found[place] for place in range(len(contestants))]
+
+    def _begin(
+        self, engine: Engine | CandidateError, tasks: Sequence[Task]
+    ) -> Future[list[TaskResult]]:
+        if isinstance(engine, CandidateError):
+            raise engine
+        check_prompt_lengths(engine, self.suite, tasks)
+        evaluation = Evaluation(engine, self.suite, self.graders)
+        return evaluation.begin([task.id for task in tasks])
+
+    def _finish(self, one: Contestant, future: Future[list[TaskResult]]) -> Measured:
+        try:
+            measured = Measured(one.name, tuple(future.result()))
+        except CandidateError as error:
+            return self._failed(one, error)
+        record_evaluation(self.database, self._key(one), measured.results)
+        self.say(_line(one.name, measured))
+        return measured
+
+    def _failed(self, one: Contestant, error: CandidateError) -> Measured:
+        self.say(f"{one.name} | failed: {error}")
+        return Measured(one.name, reason=str(error))
+
+    def _known(self, one: Contestant, tasks: Sequence[Task]) -> Measured | None:
+        """What the ledger has of the same evaluation, if it has all of it."""
+        key = self._key(one)
+        with can_be_read("the ledger"), self.database.begin() as connection:
+            rows = {
+                row.task: row
+                for row in ledger_rows(connection, None, [one.name])
+                if (row.recipe_digest, row.suite_digest) == (key.recipe_digest, key.suite_digest)
+                and row.scorer == key.scorer
+                and row.grade is not None
+            }
+        if any(task.id not in rows for task in tasks):
+            return None
+        return Measured(one.name, tuple(_result(rows[task.id]) for task in tasks), known=True)
+
+    def _key(self, one: Contestant) -> UnitKey:
+        return UnitKey(
+            candidate=one.name,
+            attempt=0,
+            recipe_digest=_served_digest(one.folder, self.live),
+            suite_digest=self._suite_digest,
+            scorer=self.suite.scorer_name,
+        )
+
+    @property
+    def _suite_digest(self) -> str:
+        if not self.graders:
+            return self.suite.digest
+        text = json.dumps([self.suite.digest, dict(self.judged_by)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def measure_models(
+    suite: Suite,
+    tasks: Sequence[Task],
+    contestants: Sequence[Contestant],
+    *,
+    live: LiveSettings,
+    judge: JudgeConfig | None,
+    storage: Path,
+    folder: Path,
+    environment: Mapping[str, str],
+    fresh: bool = False,
+    say: Callable[[str], None],
+) -> list[Measured]:
+    """What each model made of the tasks (`SideBySide.measure`), with everything opened for it.
+
+    The judge is open before the first engine and after the last. `folder` is where a local judge's
+    path starts, `environment` holds its key.
+    """
+    database = open_database(storage)
+    with open_graders(
+        suite,
+        judge,
+        open_database=lambda: database,
+        payer=None,
+        folder=folder,
+        environment=environment,
+        say=say,
+    ) as graders:
+        judged_by = {} if judge is None else judge.fingerprint(folder)
+        together = SideBySide(suite, live, database, graders, judged_by, fresh=fresh, say=say)
+        return together.measure(contestants, tasks)
+
+
+def own_interval(results: Sequence[TaskResult]) -> Interval | None:
+    """The 95 % interval of the mean grade, over tasks; None for fewer than two graded ones."""
+    grades = _grades(results)
+    if np.isfinite(grades).sum() < 2:
+        return None
+    _, low, high = paired_interval(grades, np.zeros_like(grades), _SEED)
+    return low, high
+
+
+def difference(one: Measured, first: Measured) -> Difference | None:
+    """`one` less `first` on the tasks that both have a grade of; None for fewer than two."""
+    pair = _grades(one.results), _grades(first.results)
+    if pair[0].shape != pair[1].shape or np.isfinite(pair[0] - pair[1]).sum() < 2:
+        return None
+    mean, low, high = paired_interval(*pair, _SEED)
+    return Difference(first.model, mean, (low, high))
+
+
+def by_category(measured: Measured, suite: Suite) -> dict[str, tuple[TaskResult, ...]]:
+    """The results of each category, in the order of the suite's tasks."""
+    categories = {task.id: task.category for task in suite.tasks}
+    found: dict[str, list[TaskResult]] = {}
+    for result in measured.results:
+        found.setdefault(categories[result.task_id], []).append(result)
+    return {name: tuple(results) for name, results in found.items()}
+
+
+def evaluation_json(name: str, suite: Suite, all_measured: Sequence[Measured]) -> dict[str, Any]:
+    """The document of `evomerge eval --json`; scores in the suite's own range."""
+    first = all_measured[0]
+    return {
+        "suite": name,
+        "scorer": suite.scorer_name,
+        "models": [_model_json(one, first, suite) for one in all_measured],
+    }
+
+
+def _model_json(one: Measured, first: Measured, suite: Suite) -> dict[str, Any]:
+    parts = by_category(one, suite)
+    against = None if one is first else difference(one, first)
+    return {
+        "model": one.model,
+        "score": one.score,
+        "tasks": len(one.results),
+        "unscored": one.unscored,
+        "interval": own_interval(one.results),
+        "categories": {name: mean_grade(results) for name, results in parts.items()},
+        "category_intervals": {name: own_interval(results) for name, results in parts.items()},
+        "difference": against
+        and {"to": against.to, "mean": against.mean, "interval": against.interval},
+        "cut": one.cut,
+        "gates": one.gates,
+        "seconds": round(one.seconds, 3),
+        "reason": one.reason,
+    }
+
+
+def _grades(results: Sequence[TaskResult]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(1, tasks), NaN for what is unscored."""
+    return np.array([[math.nan if one.grade is None else one.grade for one in results]])
+
+
+def _line(name: str, measured: Measured) -> str:
+    score = "–" if measured.score is None else f"{measured.score:.3f}"
+    parts = [f"{len(measured.results)} answers {measured.seconds:.1f} s"]
+    if measured.cut:
+        parts.append(f"{measured.cut} cut at max_tokens")
+    if measured.unscored:
+        parts.append(f"{measured.unscored} unscored")
+    parts += [f"{count} by the gate {gate}" for gate, count in sorted(measured.gates.items())]
+    return f"{name} | {', '.join(parts)} | score {score}"
+
+
+def _result(row: LedgerRow) -> TaskResult:
+    return TaskResult(
+        task_id=row.task,
+        prompt=row.prompt,
+        answer=row.answer,
+        finish_reason=row.finish_reason,
+        grade=row.grade,
+        seconds=row.seconds,
+        version=row.version,
+        attempt=row.attempt,
+        details=tuple(
+            ScorerGrade(part.scorer, part.grade, part.reply, turn=part.turn) for part in row.parts
+        ),
+        gates=row.gates,
+        earlier=row.earlier,
+        settings=row.settings,
+    )
+
+
+def _served_digest(folder: Path, live: LiveSettings) -> str:
+    """Hex SHA-256 of a model and of what serves it: the same one gives the same answers."""
+    context = live.options.get("max_model_len")
+    served = [live.name, _version(live.name), live.dtype, context]
+    text = json.dumps([Checkpoint.open(folder).fingerprint(), served])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(engine: str) -> str | None:
+    for package in (engine, f"{engine}-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None

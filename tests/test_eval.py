@@ -1,0 +1,239 @@
+"""`evomerge eval`: models side by side, in one live engine where they are of one kind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.database import open_database
+from evomerge.engine import EngineConfig, open_engine
+from evomerge.engine.base import GenerationSettings
+from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from tests import tiny
+from tests.evaluate.judge_server import ScriptedJudge, scripted
+from tests.test_cli import Ran, run
+
+CATEGORIES = ("数学", "math", "code")
+INPUTS = [f"{number} と {number}?" for number in range(9)]
+OPTIONS = ("--engine", "transformers", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.llama(folder / "a", layers=2, dtype=torch.float32)
+    tiny.variant(folder / "a", folder / "b", seed=1, scale=0.01)
+    tiny.qwen2(folder / "other", layers=2, dtype=torch.float32)
+    broken = tiny.variant(folder / "a", folder / "broken", seed=2)
+    tiny.rewrite(broken, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite whose right answers are those of the model a."""
+    for model in models.iterdir():
+        (tmp_path / model.name).symlink_to(model)
+    rows = [
+        {"id": f"t{place}", "input": text, "output": answer, "category": CATEGORIES[place % 3]}
+        for place, (text, answer) in enumerate(zip(INPUTS, answers(models / "a"), strict=True))
+    ]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "suite.yaml").write_text(
+        "scorer: exact\ndata: tasks.jsonl\ncategory: category\nmax_tokens: 3\nchat: false\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def answers(model: Path) -> list[str]:
+    config = EngineConfig(str(model), (str(model),), dtype="float32", threads=1)
+    with open_engine("transformers", config) as engine:
+        done = engine.generate(INPUTS, GenerationSettings(max_tokens=3), add_special_tokens=True)
+    return [one.text for one in done]
+
+
+def evaluated(*arguments: str) -> tuple[dict[str, Any], Ran]:
+    ran = run("eval", *arguments, "--json", *OPTIONS)
+    assert ran.status == 0, ran.err
+    return json.loads(ran.out), ran
+
+
+def ledger(storage: Path) -> list[LedgerRow]:
+    with open_database(storage).begin() as connection:
+        return ledger_rows(connection, None)
+
+
+def test_models_of_one_kind_share_an_engine_and_answer_as_each_does_alone(here: Path) -> None:
+    found, ran = evaluated("a", "b", "other", "--suite", "suite.yaml")
+    assert ran.err.count("starting transformers") == 2
+    assert [row["model"] for row in found["models"]] == ["a", "b", "other"]
+    first, second, third = found["models"]
+    assert (first["score"], first["interval"]) == (1.0, [1.0, 1.0])
+    expected = [
+        float(one == right)
+        for one, right in zip(answers(here / "b"), answers(here / "a"), strict=True)
+    ]
+    assert second["score"] == math.fsum(expected) / 9
+    assert 0 < second["score"] < 1, "the models should differ, but not in all answers"
+    assert second["difference"]["to"] == "a"
+    assert second["difference"]["mean"] == pytest.approx(second["score"] - 1.0)
+    by_category = {CATEGORIES[at]: np.mean(expected[at::3]) for at in range(3)}
+    assert second["categories"] == pytest.approx(by_category)
+    low, high = second["interval"]
+    assert low < second["score"] < high
+    assert (first["difference"], third["tasks"], third["unscored"]) == (None, 9, 0)
+    rows = ledger(here / "evol_merge_storage")
+    assert [row.answer for row in rows if row.candidate == "b"] == answers(here / "b")
+    assert len(rows) == 27
+
+
+def test_what_the_ledger_has_is_not_answered_again_unless_asked(here: Path) -> None:
+    first, _ = evaluated("a", "b", "--suite", "suite.yaml")
+    again, ran = evaluated("a", "b", "--suite", "suite.yaml")
+    assert again == first
+    assert "starting" not in ran.err
+    assert ran.err.count("in the ledger already") == 2
+    fresh, ran = evaluated("b", "--suite", "suite.yaml", "--fresh")
+    assert "starting transformers" in ran.err
+    assert fresh["models"][0]["score"] == first["models"][1]["score"]
+    assert len(ledger(here / "evol_merge_storage")) == 27
+
+
+def test_a_model_that_has_no_answers_fails_alone(here: Path) -> None:
+    ran = run("eval", "a", "broken", "b", "--suite", "suite.yaml", "--json", *OPTIONS)
+    assert ran.status == 1
+    good, broken, other = json.loads(ran.out)["models"]
+    assert "NaN" in broken["reason"]
+    assert (broken["score"], broken["difference"], broken["tasks"]) == (None, None, 0)
+    assert (good["reason"], other["reason"]) == (None, None)
+    assert other["score"] > 0
+    assert {row.candidate for row in ledger(here / "evol_merge_storage")} == {"a", "b"}
+
+
+def test_tables_markdown_and_a_radar_chart_with_error_bars(here: Path) -> None:
+    command = ("eval", "a", "b", "--suite", "suite.yaml", "--markdown", "t.md", *OPTIONS)
+    ran = run(*command, "--radar", "r.png", "--radar", "r.svg")
+    assert ran.status == 0, ran.err
+    assert all(word in ran.out for word in ("less a", "By category", "数学", "95 % bootstrap"))
+    assert (here / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (here / "r.svg").read_bytes()
+    lines = (here / "t.md").read_text("utf-8").splitlines()
+    assert lines[0] == "Suite: suite.yaml (exact)"
+    assert lines[4].startswith("| a | 1.000 | 1.000 … 1.000 | – | – | 9 | 0 |")
+    assert "| model | 数学 | math | code |" in lines
+    refused = run(*command)
+    assert refused.status == 2
+    assert "t.md: exists already" in refused.err
+
+
+def test_a_limit_takes_of_all_categories_alike(here: Path) -> None:
+    found, _ = evaluated("a", "--suite", "suite.yaml", "--limit", "6")
+    assert found["models"][0]["tasks"] == 6
+    rows = ledger(here / "evol_merge_storage")
+    assert sorted(int(row.task[1:]) % 3 for row in rows) == [0, 0, 1, 1, 2, 2]
+
+
+def judged(here: Path) -> tuple[str, ...]:
+    (here / "judged.yaml").write_text(
+        "scorer: judge\ndata: tasks.jsonl\ncategory: category\nmax_tokens: 3\nchat: false\n"
+        "rubric: {prompt: 'Grade {{ answer }} to {{ input }}', low: 1, high: 10}\n"
+    )
+    return ("--suite", "judged.yaml", "--judge-model", "scripted")
+
+
+def by_length(prompt: str) -> str:
+    return json.dumps({"reason": "so long", "grade": 1 + len(prompt.encode()) % 10})
+
+
+def test_a_judge_over_http_grades_and_nothing_is_paid_for_twice(here: Path) -> None:
+    with scripted(ScriptedJudge(reply=by_length)) as judge:
+        arguments = ("a", "b", *judged(here), "--judge-url", judge.url)
+        found, _ = evaluated(*arguments)
+        expected = [
+            1 + len(f"Grade {answer} to {text}".encode()) % 10
+            for answer, text in zip(answers(here / "b"), INPUTS, strict=True)
+        ]
+        assert found["models"][1]["score"] == np.mean(expected)
+        paid = len(judge.prompts)
+        assert evaluated(*arguments)[0] == found
+        assert evaluated(*arguments, "--fresh")[0]["models"][1]["score"] == np.mean(expected)
+        assert len(judge.prompts) == paid
+
+
+def test_answers_without_a_grade_are_counted_and_left_out(here: Path) -> None:
+    def not_all(prompt: str) -> str:
+        return "Hm." if INPUTS[4] in prompt else json.dumps({"reason": "", "grade": 7})
+
+    with scripted(ScriptedJudge(reply=not_all)) as judge:
+        found, ran = evaluated("a", *judged(here), "--judge-url", judge.url)
+    row = found["models"][0]
+    assert (row["score"], row["tasks"], row["unscored"]) == (7.0, 9, 1)
+    assert "1 unscored" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("a", "--suite", "judged.yaml"), ["--judge-model", "judged.yaml"]),
+        (("a", "--suite", "nowhere.yaml"), ["nowhere.yaml"]),
+        (("a", "--suite", "elyza-task-100"), ["elyza-tasks-100"]),
+        (("a", "nowhere", "gone", "--suite", "suite.yaml"), ["nowhere", "gone"]),
+        (("a", "a", "--suite", "suite.yaml"), ["a: is there twice"]),
+        (("a", "--suite", "flat.yaml", "--radar", "r.png"), ["--radar", "3 categories"]),
+        (("a", "--suite", "suite.yaml", "--radar", "r.gif"), ["r.gif", ".png"]),
+        (("a", "--suite", "suite.yaml", "--data", "no.jsonl"), ["no.jsonl"]),
+        (("a", "--suite", "suite.yaml", "--max-model-len", "4"), ["context", "4 tokens"]),
+        (
+            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-url", "http://h.invalid/v1"),
+            ["api_key_env"],
+        ),
+        (
+            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-key-env", "MY_KEY"),
+            ["MY_KEY is not set"],
+        ),
+        (
+            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-key-env", "sk-123"),
+            ["_KEY or _TOKEN"],
+        ),
+        (
+            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-url", "http://127.0.0.1:9/v1"),
+            ["127.0.0.1:9"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message_before_an_engine_starts(
+    arguments: tuple[str, ...], words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    judged(here)
+    (here / "flat.yaml").write_text("scorer: exact\ndata: tasks.jsonl\n")
+    ran = run("eval", *arguments, *OPTIONS)
+    assert ran.status == 2, ran.err
+    assert all(word in ran.err for word in words), ran.err
+    assert "Traceback" not in ran.err
+    assert "score" not in ran.err
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # vLLM and what it imports warn of their own deprecations
+def test_a_vllm_that_switched_answers_as_one_that_was_started_on_the_model(here: Path) -> None:
+    pytest.importorskip("vllm")
+    options = ("--engine", "vllm", "--threads", "1", "--max-model-len", "64")
+    ran = run("eval", "a", "b", "--suite", "suite.yaml", *options)
+    assert ran.status == 0, ran.err
+    assert ran.err.count("starting vllm") == 1
+    alone = run("eval", "b", "--suite", "suite.yaml", *options, "--storage", "alone")
+    assert alone.status == 0, alone.err
+    switched = {
+        row.task: row.answer for row in ledger(here / "evol_merge_storage") if row.candidate == "b"
+    }
+    assert switched == {row.task: row.answer for row in ledger(here / "alone")}
+    assert len(set(switched.values())) > 1
