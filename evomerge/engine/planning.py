@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings
 from evomerge.engine.tokenizer import Tokenizer
-from evomerge.errors import ConfigError
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.dtypes import dtype_of
 from evomerge.merge.materialize import materialize
@@ -17,6 +17,9 @@ from evomerge.merge.plan import MergePlan, make_plan
 from evomerge.merge.recall import Statistics
 from evomerge.recipe import Recipe, recipe_from_mapping
 
+# The remote call of vLLM that asks every worker's backend what its last message came to
+# (`MergeBackend.__call__`): the name of the attribute under which a vLLM worker holds its backend.
+ASK_WORKERS = "weight_transfer_engine"
 _CANDIDATE = "candidate"
 
 
@@ -143,3 +146,17 @@ def update_message(recipe: Recipe, plan: MergePlan, *, clear: bool) -> dict[str,
     `clear` has the key-value cache emptied, after a candidate that left NaN in it.
     """
     return {"recipe": recipe.to_mapping(), "digest": plan.digest, "clear": clear}
+
+
+def failure_of(replies: Sequence[Mapping[str, Any] | None]) -> EvomergeError | None:
+    """What the workers' replies to ASK_WORKERS say of the last message; None if all took it.
+
+    A CandidateError where every failure is the candidate's own, else an EngineDiedError.
+    """
+    failures = [reply for reply in replies if reply is not None]
+    if not failures:
+        return None
+    message = "; ".join(dict.fromkeys(str(failure["message"]) for failure in failures))
+    if all(failure["of_candidate"] for failure in failures):
+        return CandidateError(message)
+    return EngineDiedError(f"vLLM failed while switching: {message}")

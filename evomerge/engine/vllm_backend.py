@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,6 @@ from evomerge.engine.residency import Residency, View, memory_budget
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     clear_key_value_cache,
-    lowest_of_all_ranks,
     unpack_cpu_experts,
     unpack_cpu_layers,
 )
@@ -36,6 +37,7 @@ from evomerge.merge.recall import Statistics
 from evomerge.recipe import recipe_from_mapping
 
 MODELS_VARIABLE = "EVOMERGE_MODELS"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,6 +74,10 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
     Sources are declared where the engine is started, in its `additional_config` under
     {"evomerge": {"models": [...]}} or in the environment variable EVOMERGE_MODELS (separated like
     PATH), never by a message. Made when the model has been loaded, before vLLM compiles it.
+
+    What goes wrong with a message is kept, and told to whoever asks (`__call__`). To raise it would
+    break the engine: vLLM's driver takes the first rank's error and leaves the other ranks' replies
+    in their queues, where the next call finds them in place of its own.
     """
 
     init_info_cls = MergeInitInfo
@@ -105,13 +111,41 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         )
         elements = sum(destination.into.numel() for destination in self.destinations)
         self.compiled = compile_pays(elements, device)
+        self.failure: dict[str, Any] | None = None
+
+    def __call__(self) -> dict[str, Any] | None:
+        """What is wrong with the last message, as `planning.failure_of` reads it; None if nothing.
+
+        vLLM calls the attribute of its workers that a remote call names, and this object is one.
+        """
+        return self.failure
 
     def init_transfer_engine(self, init_info: MergeInitInfo) -> None:
-        for name in init_info.models:
-            self.sources.checkpoint(name)
+        with self._failure_kept():
+            for name in init_info.models:
+                self.sources.checkpoint(name)
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: the weights are written in place."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        with self._failure_kept():
+            super().update_weights(update_info)
+
+    @contextmanager
+    def _failure_kept(self) -> Iterator[None]:
+        """`failure` is what goes wrong in the block, in place of what went wrong before."""
+        self.failure = None
+        try:
+            yield
+        except (CandidateError, MemoryError, torch.OutOfMemoryError) as error:
+            # Another method, or other numbers, may need less memory.
+            self.failure = _failure(error, of_candidate=True)
+        except EvomergeError as error:
+            self.failure = _failure(error, of_candidate=False)
+        except Exception as error:
+            _log.exception("evomerge: a message failed in this worker")
+            self.failure = _failure(error, of_candidate=False)
 
     def finish_weight_update(self) -> None:
         """Nothing to finish: the weights were written in place."""
@@ -141,15 +175,11 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
         if missing:
             raise EvomergeError(f"the recipe gives no tensor {min(missing)}, which this model has")
         broken = [
-            number
-            for number, place in enumerate(self.destinations)
-            if not self._fill(place, entries[place.name])
+            place.name for place in self.destinations if not self._fill(place, entries[place.name])
         ]
         self._pack_experts()
-        # All ranks or none: one that fails alone leaves the others in an update that never ends.
-        first = lowest_of_all_ranks(min(broken, default=len(self.destinations)))
-        if first < len(self.destinations):
-            raise CandidateError(f"{self.destinations[first].name} has NaN or infinite values")
+        if broken:
+            raise CandidateError(f"{broken[0]} has NaN or infinite values")
 
     def _pack_experts(self) -> None:
         for experts in self.experts:
@@ -192,6 +222,12 @@ class MergeBackend(WeightTransferEngine[MergeInitInfo, MergeUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held that the process does not give back."""
+
+
+def _failure(error: Exception, *, of_candidate: bool) -> dict[str, Any]:
+    known = isinstance(error, EvomergeError)
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    return {"message": message, "of_candidate": of_candidate}
 
 
 def largest_possible(blend: Blend, largest: list[float]) -> float:

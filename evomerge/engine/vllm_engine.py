@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,9 @@ import torch
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
 from evomerge.engine.planning import (
+    ASK_WORKERS,
     PlanningEngine,
+    failure_of,
     remove_candidate,
     update_message,
     write_candidate,
@@ -71,7 +72,7 @@ class VLLMEngine(PlanningEngine):
         if self._llm is None:
             self._llm = self._start(self.config.model, live=True)
         self._version = "in between"  # so that no answer of a switch that failed is believed
-        with candidate_errors():
+        with engine_errors():
             while_alive(self._llm, lambda: self._switch(recipe, plan))
         self._version = plan.digest
         return Loaded(plan.digest, "live", time.perf_counter() - start)
@@ -81,7 +82,11 @@ class VLLMEngine(PlanningEngine):
         self._llm.start_weight_update()
         message = update_message(recipe, plan, clear=self._wrote_nan)
         self._llm.update_weights({"update_info": message})
-        self._llm.finish_weight_update(weight_version=plan.digest)
+        failure = failure_of(self._llm.collective_rpc(ASK_WORKERS))
+        version = plan.digest if failure is None else f"failed {plan.digest}"
+        self._llm.finish_weight_update(weight_version=version)
+        if failure is not None:
+            raise failure
         if not self._llm.reset_prefix_cache():
             raise EngineDiedError("vLLM still holds cached prefixes of the previous candidate")
         self._wrote_nan = False
@@ -197,18 +202,13 @@ def sampling_params(settings: GenerationSettings) -> Any:
 
 
 @contextlib.contextmanager
-def candidate_errors() -> Iterator[None]:
-    """Tells a candidate without a model from an engine that broke.
-
-    An error in a worker process arrives as a bare Exception that only quotes the original one.
-    """
+def engine_errors() -> Iterator[None]:
+    """What vLLM raises while it switches means that the engine broke: workers keep their errors."""
     try:
         yield
     except EvomergeError:
         raise
     except Exception as error:
-        if quoted := re.search(r"\S+ has NaN or infinite values", str(error)):
-            raise CandidateError(quoted.group().lstrip("'")) from error
         raise EngineDiedError(f"vLLM failed while switching: {error}") from error
 
 

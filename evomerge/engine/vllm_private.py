@@ -153,18 +153,6 @@ def logits_had_nan(output: Any) -> bool:
     return bool(output.metrics.is_corrupted)
 
 
-def lowest_of_all_ranks(number: int) -> int:
-    """The lowest of the numbers that the workers of this engine call this with, all at once."""
-    from vllm.distributed import get_world_group
-
-    group = get_world_group()
-    if group.world_size == 1:
-        return number
-    lowest = torch.tensor(number)
-    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return int(lowest)
-
-
 def engine_failures() -> tuple[type[Exception], ...]:
     """What vLLM raises from a call to an engine that failed or is gone."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError

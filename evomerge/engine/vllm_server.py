@@ -7,7 +7,6 @@ VLLM_SERVER_DEV_MODE=1. Those routes have no key: let it listen on loopback only
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,14 @@ from typing import Any
 import httpx
 
 from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
-from evomerge.engine.planning import PlanningEngine, by_settings, update_message
-from evomerge.errors import CandidateError, ConfigError, EngineDiedError
+from evomerge.engine.planning import (
+    ASK_WORKERS,
+    PlanningEngine,
+    by_settings,
+    failure_of,
+    update_message,
+)
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
 from evomerge.recipe import Recipe
 
 LONGEST_REQUEST_SECONDS = 3600.0
@@ -47,13 +52,22 @@ class VLLMServer(PlanningEngine):
             answer = self._http.get("/v1/models", timeout=FIRST_CONTACT_SECONDS)
             models = answer.raise_for_status().json()["data"]
             self._post("/init_weight_transfer_engine", init_info={"models": self._sources()})
-        except (httpx.HTTPError, ValueError, LookupError, EngineDiedError) as error:
+            if failure := self._failure():
+                raise failure
+        except (httpx.HTTPError, ValueError, LookupError, EvomergeError) as error:
             raise ConfigError(
                 f"engine: url: {self.config.url}: {error}; start the server with evomerge "
                 "installed, VLLM_SERVER_DEV_MODE=1, its sources in EVOMERGE_MODELS and "
                 """--weight-transfer-config '{"backend": "evomerge"}'"""
             ) from error
         return dict(models[0])
+
+    def _failure(self) -> EvomergeError | None:
+        """What is wrong with the last message in any of the server's workers; None if nothing.
+
+        Routes that take messages tell success all the same, so that the workers stay in step.
+        """
+        return failure_of(self._post("/collective_rpc", method=ASK_WORKERS)["results"])
 
     def _sources(self) -> list[str]:
         return [self.config.model, *self.config.sources]
@@ -68,13 +82,12 @@ class VLLMServer(PlanningEngine):
         self._version = "in between"  # so that no answer of a switch that failed is believed
         self._post("/start_weight_update")
         message = update_message(recipe, plan, clear=self._wrote_nan)
-        try:
-            self._post("/update_weights", update_info=message)
-        except CandidateError:
-            with contextlib.suppress(EngineDiedError):  # closed already where it failed
-                self._post("/finish_weight_update")
-            raise
-        self._post("/finish_weight_update", weight_version=plan.digest)
+        self._post("/update_weights", update_info=message)
+        failure = self._failure()
+        version = plan.digest if failure is None else f"failed {plan.digest}"
+        self._post("/finish_weight_update", weight_version=version)
+        if failure is not None:
+            raise failure
         self._post("/reset_prefix_cache")
         self._wrote_nan = False
         self._version = plan.digest
@@ -166,8 +179,6 @@ class VLLMServer(PlanningEngine):
             raise EngineDiedError(f"{self.config.url}{route}: {error!r}") from error
         if response.is_success:
             return response.json() if response.content else None
-        if "NaN or infinite" in response.text:
-            raise CandidateError(response.text)
         if "not JSON compliant" in response.text:  # what the server says of a NaN log-probability
             self._wrote_nan = True
             raise CandidateError("its logits are NaN: activations overflow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from evomerge.engine import EngineConfig
+from evomerge.engine.planning import ASK_WORKERS, failure_of
 from evomerge.engine.vllm_engine import VLLMEngine
-from evomerge.errors import CandidateError, EvomergeError
+from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
 from evomerge.merge.materialize import materialize
+from evomerge.merge.plan import PlanEntry
 from evomerge.recipe import Recipe, recipe_from_mapping
 from tests import tiny
 from tests.engine.conftest import (
@@ -29,6 +32,8 @@ from tests.engine.conftest import (
 from tests.merge import decoders
 
 pytest.importorskip("vllm")
+from evomerge.engine.vllm_backend import Destination, MergeBackend
+
 # vLLM and what it imports warn of their own deprecations.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -150,9 +155,7 @@ def test_a_message_cannot_open_what_was_not_declared(
     other = tiny.llama(tmp_path / "other", layers=4, tied=True)
     message = {"recipe": plain(other).to_mapping(), "digest": "0"}
     engine.load(family.recipe(1))
-    engine._llm.start_weight_update()
-    with pytest.raises(EvomergeError, match="no declared source"):
-        engine._llm.update_weights({"update_info": message})
+    assert "no declared source" in str(sent(engine, message))
 
 
 def test_a_worker_whose_plan_differs_refuses(
@@ -160,9 +163,51 @@ def test_a_worker_whose_plan_differs_refuses(
 ) -> None:
     engine, family = engine_and_family
     message = {"recipe": family.recipe(1).to_mapping(), "digest": "something else"}
+    failure = sent(engine, message)
+    assert isinstance(failure, EngineDiedError)  # started again it reads its sources again
+    assert "a source model changed" in str(failure)
+
+
+def sent(engine: VLLMEngine, message: dict[str, object]) -> EvomergeError | None:
+    """What the workers say of a message, in a session of its own."""
     engine._llm.start_weight_update()
-    with pytest.raises(EvomergeError, match="a source model changed"):
-        engine._llm.update_weights({"update_info": message})
+    engine._llm.update_weights({"update_info": message})
+    engine._llm.finish_weight_update()
+    return failure_of(engine._llm.collective_rpc(ASK_WORKERS))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(MemoryError("no room"), CandidateError), (KeyError("x"), EngineDiedError)]
+)
+def test_an_error_in_the_middle_of_a_switch_is_told_and_leaves_an_engine(
+    engine_and_family: tuple[VLLMEngine, Family],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[EvomergeError],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(1))
+    before = answers(engine)
+    with monkeypatch.context() as patched:
+        fail_at(patched, 3, error)
+        with pytest.raises(kind, match=type(error).__name__):
+            engine.load(family.recipe(2))
+        with pytest.raises(EvomergeError):
+            answers(engine)
+    engine.load(family.recipe(1))
+    assert answers(engine) == before
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -> None:
+    """Every switch of an engine in this process fails at so many of its tensors, counted from 0."""
+    fill, calls = MergeBackend._fill, itertools.count()
+
+    def failing(backend: MergeBackend, place: Destination, entry: PlanEntry) -> bool:
+        if next(calls) == number:
+            raise error
+        return fill(backend, place, entry)
+
+    monkeypatch.setattr(MergeBackend, "_fill", failing)
 
 
 def test_a_recipe_with_another_layer_count_is_loaded_from_disk(
@@ -186,10 +231,14 @@ def test_a_recipe_with_another_layer_count_is_loaded_from_disk(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_mixtures_of_experts_are_merged_live(kind: str, tmp_path: Path) -> None:
+def test_mixtures_of_experts_are_merged_live(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 48 inner units: the experts' kernel pads them to 64.
     base = decoders.write(tmp_path / "base", kind, hidden_size=128, head_dim=64)
     tuned = tiny.variant(base, tmp_path / "tuned", seed=1)
+    broken = tiny.variant(base, tmp_path / "broken", seed=2)
+    tiny.rewrite(broken, _put_nan_into_an_expert)
     mapping = {
         "merge_method": "slerp",
         "base_model": str(base),
@@ -198,15 +247,26 @@ def test_mixtures_of_experts_are_merged_live(kind: str, tmp_path: Path) -> None:
         "dtype": "float32",
     }
     recipe = recipe_from_mapping(mapping, "test")
-    with in_float32(base, tuned, tmp_path / "scratch") as engine:
+    with in_float32(base, [tuned, broken], tmp_path / "scratch") as engine:
         states = []
         for candidate in (plain(base, "float32"), recipe, plain(tuned, "float32"), recipe):
             assert engine.load(candidate).how == "live"
             states.append(log_probabilities(engine))
+        # Neither a switch that fails among the experts nor one that is not finite leaves a trace.
+        failures: list[tuple[Recipe, Exception | None]]
+        failures = [(recipe, MemoryError("no room")), (plain(broken, "float32"), None)]
+        for failing, error in failures:
+            with monkeypatch.context() as patched:
+                if error is not None:
+                    fail_at(patched, 12, error)
+                with pytest.raises(CandidateError):
+                    engine.load(failing)
+            engine.load(recipe)
+            assert log_probabilities(engine) == states[1]
     assert states[1] == states[3]
     # The experts' kernels on CPUs compute with packed copies, which a write does not reach: only an
     # engine without anything of ours in it shows whether they are the right ones.
-    with in_float32(base, tuned, tmp_path / "scratch", load="disk") as untouched:
+    with in_float32(base, [tuned], tmp_path / "scratch", load="disk") as untouched:
         for candidate, live in ((recipe, states[1]), (plain(tuned, "float32"), states[2])):
             assert untouched.load(candidate).how == "disk"
             for ours, theirs in zip(live, log_probabilities(untouched), strict=True):
@@ -214,13 +274,18 @@ def test_mixtures_of_experts_are_merged_live(kind: str, tmp_path: Path) -> None:
     assert states[1][0] != pytest.approx(states[2][0], abs=1e-2)
 
 
+def _put_nan_into_an_expert(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in sorted(tensors) if "experts" in name)
+    tensors[name].view(-1)[7] = float("nan")
+
+
 def in_float32(
-    base: Path, tuned: Path, scratch: Path, load: Literal["live", "disk"] = "live"
+    base: Path, sources: list[Path], scratch: Path, load: Literal["live", "disk"] = "live"
 ) -> VLLMEngine:
     return VLLMEngine(
         EngineConfig(
             model=str(base),
-            sources=(str(tuned),),
+            sources=tuple(map(str, sources)),
             dtype="float32",
             load=load,
             threads=1,

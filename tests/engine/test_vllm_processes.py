@@ -14,11 +14,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
 from evomerge.engine import EngineConfig, open_engine
+from evomerge.engine.planning import ASK_WORKERS, update_message
 from evomerge.engine.vllm_engine import VLLMEngine
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.materialize import materialize
+from evomerge.recipe import Recipe, recipe_from_mapping
+from tests import tiny
 from tests.engine.conftest import (
     OPTIONS,
     SETTINGS,
@@ -37,12 +41,20 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
     ranks: int, family: Family, tmp_path: Path
 ) -> None:
     recipes = [family.recipe(seed) for seed in range(2)]
-    with family.open(repeatable=False, tensor_parallel_size=ranks) as engine:
+    broken = tiny.variant(family.base, tmp_path / "broken", seed=3)
+    tiny.rewrite(broken, _put_a_nan_into_the_last_rows)
+    sources = [str(path) for path in (*family.tuned, broken)]
+    options = {"repeatable": False, "tensor_parallel_size": ranks}
+    with start("vllm", family.base, sources, **options) as engine:
         assert isinstance(engine, VLLMEngine)
         states = []
         for number in (0, 1, 0):
             engine.load(recipes[number])
             states.append((engine.parameter_checksums(), answers_one_by_one(engine)))
+        if ranks == 2:
+            _fail_on_the_second_rank_alone(engine, recipes[1], as_it_is(broken))
+            engine.load(recipes[0])
+            assert (engine.parameter_checksums(), answers_one_by_one(engine)) == states[0]
         if ranks == 1:
             _kill_children()
             with pytest.raises(EngineDiedError):
@@ -55,6 +67,31 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
     ) as fresh:
         assert isinstance(fresh, VLLMEngine)
         assert (fresh.parameter_checksums(), answers_one_by_one(fresh)) == states[0]
+
+
+def _put_a_nan_into_the_last_rows(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, 5] = float("nan")  # the second rank has those
+
+
+def as_it_is(model: Path) -> Recipe:
+    mapping = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    return recipe_from_mapping(mapping | {"dtype": "bfloat16"}, "test")
+
+
+def _fail_on_the_second_rank_alone(engine: VLLMEngine, good: Recipe, broken: Recipe) -> None:
+    """By numbers that only it has, and by a message that only it cannot take."""
+    for _ in range(2):
+        with pytest.raises(CandidateError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+            engine.load(broken)
+        with pytest.raises(EngineDiedError, match="an answer came from"):
+            answers_one_by_one(engine)
+    message = update_message(good, engine.plan(good), clear=False)
+    engine._llm.start_weight_update()
+    engine._llm.update_weights({"update_info": [message, message | {"digest": "another"}]})
+    replies = engine._llm.collective_rpc(ASK_WORKERS)
+    engine._llm.finish_weight_update()
+    assert replies[0] is None
+    assert "plans" in replies[1]["message"]
 
 
 OWNER = """
@@ -182,7 +219,15 @@ def test_a_server_opens_only_what_it_was_started_with(server: str, family: Famil
         json={"init_info": {"models": list(sources)}},
         timeout=60,
     )
-    assert not answer.is_success
+    # The route tells success, so that no rank of a server with several gets out of step.
+    assert answer.is_success
+    (reply,) = httpx.post(
+        f"{server}/collective_rpc", json={"method": ASK_WORKERS}, timeout=60
+    ).json()["results"]
+    assert "no declared source" in reply["message"]
+    config = EngineConfig(str(family.base), sources, url=server)
+    with pytest.raises(ConfigError):
+        open_engine("vllm", config)
 
 
 def test_a_server_that_does_not_answer_is_one_clear_error(family: Family) -> None:
