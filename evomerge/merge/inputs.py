@@ -81,12 +81,40 @@ class InputModels:
 
         Raises ConfigError where there is none: the message says what the reference could be.
         """
-        if not self._is_local(reference) and "+" in reference:
-            base, adapter = self._split(reference)
-            return self._with_adapter(self.resolve(base), self._adapter(adapter))
-        model = self._plain(reference)
-        require_tokenizer(model)
-        return model
+        return self._resolve(reference, {})
+
+    def resolve_all(
+        self, references: Iterable[str]
+    ) -> tuple[dict[str, Path], dict[str, ConfigError]]:
+        """The folders of those references that have one, and what is wrong with the others.
+
+        What several of them mean (a GGUF file by two names, a model under two adapters) is looked
+        up, read and made once.
+        """
+        known: dict[str, Path] = {}
+        folders: dict[str, Path] = {}
+        mistakes: dict[str, ConfigError] = {}
+        for reference in dict.fromkeys(references):
+            try:
+                folders[reference] = self._resolve(reference, known)
+            except ConfigError as error:
+                mistakes[reference] = error
+        return folders, mistakes
+
+    def _resolve(self, reference: str, known: dict[str, Path]) -> Path:
+        """`resolve`, with what is known already, by what it is: a path, else a name."""
+        is_local = self._is_local(reference)
+        key = str(self._path(reference)) if is_local else reference
+        if key not in known:
+            if not is_local and "+" in reference:
+                base, adapter = self._split(reference)
+                model = self._resolve(base, known)
+                known[key] = self._with_adapter(model, self._adapter(adapter))
+            else:
+                model = self._plain(reference)
+                require_tokenizer(model)
+                known[key] = model
+        return known[key]
 
     def hub_ids(self, reference: str) -> tuple[str, ...]:
         """The hub repositories (`owner/name`) that a reference names: none, a model, an adapter."""

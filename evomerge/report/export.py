@@ -52,14 +52,13 @@ def merge_recipe(
 
 def _folders(recipe: Recipe, inputs: InputModels) -> dict[str, str]:
     """The folder of every model; all that are not to be had are told at once, with their keys."""
-    folders: dict[str, str] = {}
-    mistakes: list[str] = []
-    for name, place in recipe.places().items():
-        try:
-            folders[name] = str(inputs.resolve(name))
-        except ConfigError as error:
-            hint = " (or write base or union)" if place in TOKENIZER_PLACES else ""
-            mistakes.append(f"{place}: {error}{hint}")
+    places = recipe.places()
+    folders, mistakes = inputs.resolve_all(places)
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return folders
+        raise ConfigError("\n".join(_told(places[name], mistakes[name]) for name in mistakes))
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def _told(place: str, mistake: ConfigError) -> str:
+    hint = " (or write base or union)" if place in TOKENIZER_PLACES else ""
+    return f"{place}: {mistake}{hint}"

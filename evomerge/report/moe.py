@@ -50,13 +50,16 @@ def build_moe(
     wanted = (*names, source) if source else names
     named = [path for name in wanted for path in inputs.local_paths(name)]
     refuse_inputs_as_output(out.absolute(), named)
-    folders = {name: str(inputs.resolve(name)) for name in names}
-    tokenizer = None if source is None else inputs.resolve(source)
-    resolved = config.with_models({**folders, **({source: str(tokenizer)} if source else {})})
-    checkpoints = {folder: Checkpoint.open(Path(folder)) for folder in folders.values()}
+    found, mistakes = inputs.resolve_all(wanted)
+    if mistakes:
+        raise ConfigError("\n".join(map(str, mistakes.values())))
+    resolved = config.with_models({name: str(folder) for name, folder in found.items()})
+    folders = list(dict.fromkeys(found[name] for name in names))
+    tokenizer = None if source is None else found[source]
+    checkpoints = {str(folder): Checkpoint.open(folder) for folder in folders}
     check_moe(resolved, checkpoints)
     if resolved.tokenizer_source == "union":
-        _check_union([Path(folder) for folder in folders.values()])
+        _check_union(folders)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, checkpoints[resolved.base_model], say)
     gates = None

@@ -144,16 +144,16 @@ def _model_folders(config: StudyConfig, storage: Path) -> list[Path]:
     inputs = InputModels(storage, config.folder, config.engine.dtype)
     references = {"base_model": config.base_model}
     references |= {f"models.{index}": model for index, model in enumerate(config.models)}
-    folders: list[Path] = []
-    mistakes: list[str] = []
-    for key, reference in references.items():
-        try:
-            folders.append(inputs.resolve(reference))
-        except ConfigError as error:
-            mistakes.append(f"{config.where}: {key}: {error}")
+    folders, mistakes = inputs.resolve_all(references.values())
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return folders
+        raise ConfigError(
+            "\n".join(
+                f"{config.where}: {key}: {mistakes[reference]}"
+                for key, reference in references.items()
+                if reference in mistakes
+            )
+        )
+    return [folders[reference] for reference in references.values()]
 
 
 def _check_layer_counts(config: StudyConfig, checkpoints: Sequence[Checkpoint]) -> None:

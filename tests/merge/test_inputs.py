@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from evomerge.errors import ConfigError
+from evomerge.merge import inputs as inputs_module
 from evomerge.merge.inputs import HUB_SECONDS, InputModels
 from tests import tiny
 
@@ -147,6 +148,32 @@ def test_a_gguf_file_becomes_its_model_once(model: Path, tmp_path: Path) -> None
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "quantization_config" not in json.loads((made / "config.json").read_text())
     assert AutoTokenizer.from_pretrained(made).tokenize("ab c") == ["ab", "Ġ", "c"]
+
+
+def test_what_several_references_mean_is_read_and_made_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(model, tmp_path / "tiny.gguf")
+    (tmp_path / "same.gguf").symlink_to(file)
+    lora, other = (write_adapter(tmp_path / name, seed=1) for name in ("lora", "other"))
+    said: list[str] = []
+    read: list[Path] = []
+    digest = inputs_module._file_digest
+
+    def digest_of(path: Path) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(inputs_module, "_file_digest", digest_of)
+    inputs = InputModels(tmp_path / "storage", folder=tmp_path, say=said.append)
+    references = ["same.gguf", "tiny.gguf", str(file), f"tiny.gguf+{lora}", f"same.gguf+{other}"]
+    folders, mistakes = inputs.resolve_all([*references, "nobody", *references])
+    assert list(folders) == references
+    assert folders["same.gguf"] == folders["tiny.gguf"] == folders[str(file)]
+    assert [message.split()[0] for message in said] == ["de-quantising", "applying", "applying"]
+    assert read.count(file) == 1
+    assert list(mistakes) == ["nobody"]
+    assert "neither a folder" in str(mistakes["nobody"])
 
 
 def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
