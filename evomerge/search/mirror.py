@@ -26,7 +26,11 @@ Grades = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class MirroredTrial:
-    """A told candidate: its genes as decoded (clipped) and as drawn, and how it ended."""
+    """A told candidate: its genes as decoded (clipped) and as drawn, and how it ended.
+
+    `score` is what candidates may be compared by. `reason` says why it failed, or, where it was
+    `stopped` before the end of its tasks, why that was.
+    """
 
     number: int
     label: str
@@ -35,6 +39,7 @@ class MirroredTrial:
     genome: Sequence[float]
     score: float | None
     reason: str | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Mirror:
         self, trial: MirroredTrial, grades: Mapping[str, float | None]
     ) -> optuna.trial.FrozenTrial:
         from optuna.distributions import FloatDistribution
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import create_trial
 
         space = self._space
         attributes: dict[str, Any] = {
@@ -149,7 +154,7 @@ class Mirror:
         if trial.reason is not None:
             attributes["reason"] = trial.reason
         return create_trial(
-            state=TrialState.FAIL if trial.score is None else TrialState.COMPLETE,
+            state=_state(trial),
             value=trial.score,
             params=dict(zip(space.genes, trial.clipped, strict=True)),
             distributions={
@@ -158,6 +163,15 @@ class Mirror:
             },
             user_attrs=attributes,
         )
+
+
+def _state(trial: MirroredTrial) -> optuna.trial.TrialState:
+    """Failed ones have no value; stopped ones have one that plots and importances leave out."""
+    from optuna.trial import TrialState
+
+    if trial.score is None:
+        return TrialState.FAIL
+    return TrialState.PRUNED if trial.stopped else TrialState.COMPLETE
 
 
 def _open_study(path: Path, name: str) -> optuna.Study:
