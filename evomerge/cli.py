@@ -18,7 +18,14 @@ import typer
 
 from evomerge import eval_commands
 from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError
-from evomerge.resources import PRESET_WORDS, PresetKind, locate, preset_file, preset_names
+from evomerge.resources import (
+    PRESET_WORDS,
+    PresetKind,
+    locate,
+    preset_file,
+    preset_names,
+    prompts_of,
+)
 from evomerge.terminal import (
     DEFAULT_STORAGE,
     INTERRUPTED,
@@ -76,7 +83,10 @@ TrialsOption = Annotated[
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-code", help="Let the study set engine options beyond harmless ones."),
+    typer.Option(
+        "--trust-code",
+        help="Let the study set any engine option, and run code of its own (scorers).",
+    ),
 ]
 
 
@@ -427,10 +437,16 @@ def show_preset(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 def copy_preset(
     name: Annotated[str, typer.Argument(metavar="NAME")], overwrite: OverwriteOption = False
 ) -> None:
-    """Copy a preset's file here, to be changed."""
+    """Copy a preset's file here, with the prompts that it names, to be changed."""
+    file = _preset_file(name)
     target = Path(f"{name}.yaml")
-    write_new(target, _preset_file(name).read_text(encoding="utf-8"), overwrite=overwrite)
+    write_new(target, file.read_text(encoding="utf-8"), overwrite=overwrite)
     print(target)
+    for prompt in prompts_of(file):
+        prompt.parent.mkdir(parents=True, exist_ok=True)
+        text = (file.parent / prompt).read_text(encoding="utf-8")
+        write_new(prompt, text, overwrite=overwrite)
+        print(prompt)
 
 
 def parse_size(text: str) -> int:

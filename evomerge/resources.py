@@ -16,6 +16,7 @@ PRESET_WORDS: dict[PresetKind, str] = {
     "mixtures": "mixture",
     "evaluators": "suite",
 }
+_PROMPT_FILE = re.compile(r"\{file: ([\w./-]+\.jinja)\}")
 # Mixtures of experts stand beside the studies; this key tells them apart.
 _MIXTURE_KEY = re.compile(r"^experts\s*:", re.MULTILINE)
 
@@ -38,6 +39,11 @@ def preset_names(kind: PresetKind) -> list[str]:
 def preset_file(name: str, kind: PresetKind) -> Path:
     """Where the preset `name` of `kind` is, if there is one."""
     return _folder(kind) / f"{name}.yaml"
+
+
+def prompts_of(preset: Path) -> list[Path]:
+    """The prompt files that a suite's file names, relative to its folder."""
+    return [Path(name) for name in _PROMPT_FILE.findall(preset.read_text(encoding="utf-8"))]
 
 
 def _folder(kind: PresetKind) -> Path:

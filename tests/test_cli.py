@@ -691,6 +691,10 @@ def test_presets_are_listed_shown_and_copied(here: Path) -> None:
     assert run("presets", "copy", name) == Ran(0, f"{name}.yaml\n", "")
     assert (here / f"{name}.yaml").read_text() == shown
     assert run("presets", "copy", name).status == 2
+    # A suite comes with the prompts that it names.
+    prompt = Path("prompts") / "jsonl-judge.jinja"
+    assert run("presets", "copy", "jsonl-judge") == Ran(0, f"jsonl-judge.yaml\n{prompt}\n", "")
+    assert "# The answer to grade" in (here / prompt).read_text()
 
 
 @pytest.mark.parametrize(

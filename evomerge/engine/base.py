@@ -85,6 +85,12 @@ class Engine(ABC):
     """
 
     name: str
+    _version = "default"
+
+    @property
+    def version(self) -> str:
+        """The candidate that the engine now is (`Loaded.version`)."""
+        return self._version
 
     @abstractmethod
     def supports(self, recipe: Recipe) -> str | None:

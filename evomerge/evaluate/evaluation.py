@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings
 from evomerge.errors import ConfigError
+from evomerge.evaluate.gates import GATES, Gate, gates_of
+from evomerge.evaluate.likelihood import LikelihoodScorer, likelihoods
 from evomerge.evaluate.prompts import ask, uses_chat
 from evomerge.evaluate.scorers import Scorer
-from evomerge.evaluate.suite import Suite
+from evomerge.evaluate.suite import Suite, continuations_of
 from evomerge.evaluate.task import Grader, GradeRequest, ScorerGrade, Task, TaskResult
 
 Result = TypeVar("Result")
@@ -52,7 +54,7 @@ class Evaluation:
         self._graders = {
             name: _grader(name, graders or {})
             for name in suite.weights
-            if name not in suite.scorers
+            if name not in suite.scorers and name not in suite.likelihood_scorers
         }
 
     def begin(self, task_ids: Sequence[str], attempt: int = 0) -> Future[list[TaskResult]]:
@@ -65,6 +67,10 @@ class Evaluation:
         """
         asked = [_Conversation(task) for task in self._suite.select(task_ids)]
         waiting: list[tuple[list[_Conversation], Future[list[ScorerGrade]]]] = []
+        if self._suite.likelihood_scorers:
+            self._weigh(asked)
+        if not self._suite.generates:
+            return when_all_done([], lambda: self._results(asked, waiting, attempt))
         for turn in range(1 + max((len(one.task.turns) for one in asked), default=0)):
             now = [one for one in asked if turn <= len(one.task.turns)]
             self._answer(now, attempt)
@@ -75,6 +81,32 @@ class Evaluation:
                 waiting.append((now, grader.grade_all(requests)))
         pending = [future for _, future in waiting]
         return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
+
+    def _weigh(self, asked: Sequence[_Conversation]) -> None:
+        """The grades of scorers that need no answer: one call for the likelihoods of all texts."""
+        suite, engine = self._suite, self._engine
+        prompts = [ask(engine, suite.chat, one.task) for one in asked]
+        texts = [continuations_of(suite, one.task) for one in asked]
+        started = time.perf_counter()
+        found = likelihoods(
+            engine,
+            prompts,
+            texts,
+            delimiter=suite.config.delimiter,
+            add_special_tokens=not uses_chat(engine, suite.chat),
+        )
+        taken = time.perf_counter() - started
+        self.generation_seconds += taken
+        for one, prompt, some in zip(asked, prompts, found, strict=True):
+            by_text = {each.text: each for each in some}
+            one.seconds += taken / len(asked)
+            for name, scorer in suite.likelihood_scorers.items():
+                wanted = [by_text[text] for text in scorer.continuations(one.task)]
+                grade, answer = scorer.judge(one.task, wanted)
+                one.details.append(ScorerGrade(name, grade))
+            if not suite.generates:
+                one.prompts.append(prompt)
+                one.answers.append(Completion(answer, (), "none", 0, engine.version))
 
     def _answer(self, asked: Sequence[_Conversation], attempt: int) -> None:
         """One generate call for the next turn of each."""
@@ -113,19 +145,41 @@ class Evaluation:
 
     def _result(self, one: _Conversation, attempt: int) -> TaskResult:
         last = one.answers[-1]
+        gates = self._gates(one)
         return TaskResult(
             task_id=one.task.id,
             prompt=one.prompts[-1],
             answer=last.text,
             finish_reason=last.finish_reason,
-            grade=self._grade(one.details),
+            grade=self._gated(self._grade(one.details), gates),
             seconds=one.seconds,
             version=last.version,
             attempt=attempt,
             details=tuple(one.details),
+            gates=gates,
             earlier=one.texts[:-1],
-            settings=asdict(self._suite.generation(one.task, attempt)),
+            settings=self._settings(one.task, attempt),
         )
+
+    def _settings(self, task: Task, attempt: int) -> dict[str, object]:
+        suite = self._suite
+        return asdict(suite.generation(task, attempt)) if suite.generates else {}
+
+    def _gates(self, one: _Conversation) -> tuple[Gate, ...]:
+        """The gates that close for any of the answers that were written."""
+        closed = {
+            gate
+            for answer in one.answers
+            if answer.finish_reason != "none"
+            for gate in gates_of(one.task, answer.text, cut=answer.finish_reason == "length")
+        }
+        return tuple(gate for gate in GATES if gate in closed)
+
+    def _gated(self, grade: float | None, gates: Sequence[Gate]) -> float | None:
+        """The grade, or what the suite leaves of it where gates close."""
+        highest = self._suite.config.gates
+        caps = [highest[gate] for gate in gates if gate in highest]
+        return grade if grade is None else min([grade, *caps])
 
     def _grade(self, details: Sequence[ScorerGrade]) -> float | None:
         """The mean over the turns of the weighted mean of the scorers; None where one is missing.
@@ -145,7 +199,13 @@ class Evaluation:
         return math.fsum(parts) / (turns * math.fsum(weights.values()))
 
     def _scaled(self, name: str, grade: float) -> float:
-        scorer: Scorer | Grader = self._suite.scorers.get(name) or self._graders[name]
+        suite = self._suite
+        known: Mapping[str, Scorer | LikelihoodScorer | Grader] = {
+            **suite.scorers,
+            **suite.likelihood_scorers,
+            **self._graders,
+        }
+        scorer = known[name]
         return (grade - scorer.low) / (scorer.high - scorer.low)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
+from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS, LikelihoodScorer
+from evomerge.evaluate.own_scorers import code_digest, find_scorer
 from evomerge.evaluate.prompts import Chat, ask, uses_chat
 from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
@@ -35,6 +37,7 @@ class Suite:
     config: SuiteConfig
     tasks: tuple[Task, ...]
     where: str = "suite"
+    own_scorers: Mapping[str, Scorer] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -51,8 +54,22 @@ class Suite:
 
     @property
     def scorers(self) -> Mapping[str, Scorer]:
-        """The scorers that need nothing but the answer, by name; others are graders (a judge)."""
-        return scorers_of(self.config)
+        """The scorers that need nothing but the answer, by name.
+
+        Others ask for likelihoods, or are graders (a judge).
+        """
+        known = {**SCORERS, **self.own_scorers}
+        return {name: known[name] for name in self.weights if name in known}
+
+    @property
+    def likelihood_scorers(self) -> Mapping[str, LikelihoodScorer]:
+        """The scorers that need no answer, by name."""
+        return {name: LIKELIHOOD_SCORERS[name] for name in self.weights if _needs_no_answer(name)}
+
+    @property
+    def generates(self) -> bool:
+        """Whether any scorer needs an answer to be written."""
+        return not all(map(_needs_no_answer, self.weights))
 
     @property
     def scorer_name(self) -> str:
@@ -93,7 +110,8 @@ class Suite:
     def digest(self) -> str:
         """Hex SHA-256 of everything that can change a grade; the place of the file is not."""
         settings = self.config.model_dump(mode="json", exclude={"data", "join"})
-        content = [settings, [asdict(task) for task in self.tasks]]
+        content: list[object] = [settings, [asdict(task) for task in self.tasks]]
+        content += map(code_digest, self.own_scorers.values())
         text = json.dumps(content, ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,27 +121,33 @@ class Suite:
         return [by_id[task_id] for task_id in task_ids]
 
 
-def load_suite(suite: SuiteConfig | str, folder: Path, data: Path | None = None) -> Suite:
+def load_suite(
+    suite: SuiteConfig | str, folder: Path, data: Path | None = None, *, trust_code: bool = False
+) -> Suite:
     """The suite of a configuration, a preset's bare name or a suite file, with its tasks read.
 
     Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
-    table `data` takes the place of the suite's own.
+    table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
+    are code of somebody's own (of a configuration that was asked when it was read).
     Raises ConfigError naming file and line on whatever is wrong.
     """
     where = "suite"
     if not isinstance(suite, SuiteConfig):
         path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
         where = suite if is_bare_name(suite) else str(path)
-        suite, folder = read_suite_config(path), path.parent
+        suite, folder = read_suite_config(path, trust_code=trust_code), path.parent
+    own = {
+        name: find_scorer(name, folder)
+        for name in suite.weights
+        if name not in (*SCORERS, *LIKELIHOOD_SCORERS, JUDGE)
+    }
+    empty = Suite(suite, (), where, own)
     tables = find_tables(suite, folder, data, where)
-    found = Suite(suite, read_tasks(suite, tables, scorers_of(suite)), where)
+    scorers: dict[str, Scorer | LikelihoodScorer] = {**empty.scorers, **empty.likelihood_scorers}
+    found = replace(empty, tasks=read_tasks(suite, tables, scorers))
     _check_rubric(found)
+    _check_gates(found)
     return found
-
-
-def scorers_of(config: SuiteConfig) -> Mapping[str, Scorer]:
-    """The scorers of a suite that need nothing but the answer, by name."""
-    return {name: SCORERS[name] for name in config.weights if name in SCORERS}
 
 
 def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list[Task]]:
@@ -176,12 +200,47 @@ def _check_rubric(suite: Suite) -> None:
             suite.rubric.question(GradeRequest(task, "an answer", attempt=0))
 
 
+def _check_gates(suite: Suite) -> None:
+    """Raises ConfigError where a gate leaves a grade that the suite does not have."""
+    low, high = _range(suite)
+    for gate, highest in suite.config.gates.items():
+        if not low <= highest <= high:
+            raise ConfigError(
+                f"{suite.where}: gates.{gate}: {highest:g} is no grade of this suite; its grades "
+                f"are {low:g} to {high:g}"
+            )
+
+
+def _range(suite: Suite) -> tuple[float, float]:
+    """The lowest and the highest grade of a suite: one scorer's own, of several [0, 1]."""
+    if len(suite.weights) > 1:
+        return 0.0, 1.0
+    if suite.rubric is not None:
+        return suite.rubric.low, suite.rubric.high
+    everything: list[Scorer | LikelihoodScorer] = [*suite.scorers.values()]
+    everything += suite.likelihood_scorers.values()
+    return everything[0].low, everything[0].high
+
+
+def _needs_no_answer(scorer: str) -> bool:
+    return scorer in LIKELIHOOD_SCORERS
+
+
 def _tokens_at_most(engine: Engine, suite: Suite, task: Task) -> int:
     """The tokens of all prompts of a task and of answers as long as they may become."""
     prompt = ask(engine, suite.chat, task, [""] * len(task.turns))
+    texts = [prompt + suite.config.delimiter + text for text in continuations_of(suite, task)]
+    written = suite.generation(task).max_tokens * (1 + len(task.turns)) if suite.generates else 0
     add_special_tokens = not uses_chat(engine, suite.chat)
-    answers = suite.generation(task).max_tokens * (1 + len(task.turns))
-    return engine.count_tokens(prompt, add_special_tokens=add_special_tokens) + answers
+    encoded = engine.encode([prompt, *texts], add_special_tokens=add_special_tokens)
+    # An engine that is asked for likelihoods writes one token.
+    return max(len(encoded[0]) + written, *(len(each) + 1 for each in encoded[1:]), 0)
+
+
+def continuations_of(suite: Suite, task: Task) -> list[str]:
+    """The texts whose likelihood the suite's scorers ask for, each once, without the delimiter."""
+    asked = [scorer.continuations(task) for scorer in suite.likelihood_scorers.values()]
+    return list(dict.fromkeys(text for some in asked for text in some))
 
 
 def _held_out_numbers(sizes: Mapping[str, int], share: float) -> dict[str, int]:

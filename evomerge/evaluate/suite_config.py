@@ -19,6 +19,9 @@ from pydantic import (
 )
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluate.gates import Gate
+from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS
+from evomerge.evaluate.own_scorers import entry_point_names, is_code
 from evomerge.evaluate.scorers import SCORERS
 from evomerge.evaluate.tables import read_text
 from evomerge.resources import data_root, is_bare_name, locate
@@ -120,15 +123,18 @@ class SuiteConfig(_Strict):
     are of one; `reference: null` means that there are none, and only tasks of the categories
     `reference_for` have one where that is said. `fields` are further columns, by the names that
     templates use; `turns` the columns of later user turns and `turn_references` of their right
-    answers; `choices` the columns of the answers to choose from, or one with a list of them.
+    answers; `choices` the columns of the answers to choose from, or one with a list of them, and
+    `choice_index` says that `reference` is the place of the right one, from 0. `delimiter` stands
+    between a prompt and a choice or reference whose likelihood is asked for.
 
     `prompt` is a jinja template that may use input, id, category and the fields. `chat`: None means
     through the tokenizer's chat template if it has one; `chat_template` is one to use in its place:
     the name of one that ships, or its text. `by_category` changes the settings of generation.
     `scorer` is the name of one, or a mapping of several to their weights: each is then scaled to
     [0, 1] by its range, and the grade is their weighted mean. `rubric` is what a judge is
-    told (without one, what jsonl-judge tells it). Repetitions of greedy answers are sampled with
-    `selection_temperature`.
+    told (without one, what jsonl-judge tells it). `gates` are the highest grades that answers may
+    have which a gate closes for (`evaluate.gates`), in the grade's own range. Repetitions of
+    greedy answers are sampled with `selection_temperature`.
     """
 
     scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
@@ -145,6 +151,9 @@ class SuiteConfig(_Strict):
     turns: Names = ()
     turn_references: Names = ()
     choices: Names = ()
+    choice_index: bool = False
+    delimiter: str = ""
+    gates: Mapping[Gate, float] = {}
     prompt: str = "{{ input }}"
     system: str | None = None
     chat: bool | None = None
@@ -170,13 +179,20 @@ class SuiteConfig(_Strict):
 
     @field_validator("scorer")
     @classmethod
-    def _names_known_scorers(cls, scorer: str | Mapping[str, float]) -> str | Mapping[str, float]:
+    def _names_known_scorers(
+        cls, scorer: str | Mapping[str, float], info: ValidationInfo
+    ) -> str | Mapping[str, float]:
         names = [scorer] if isinstance(scorer, str) else list(scorer)
         if not names:
             raise ValueError("a mapping of scorers needs at least one: {exact: 1.0}")
+        known = [*SCORERS, *LIKELIHOOD_SCORERS, JUDGE, *entry_point_names()]
         for name in names:
-            if name not in SCORERS and name != JUDGE:
-                raise ValueError(f"no scorer {name!r}{nearest(name, [*SCORERS, JUDGE])}")
+            if is_code(name) and not (info.context or {}).get("trust_code"):
+                raise ValueError(
+                    f"scorer {name!r} runs code, which needs --trust-code on the command line"
+                )
+            if name not in known and not is_code(name):
+                raise ValueError(f"no scorer {name!r}{nearest(name, known)}")
         return scorer
 
     @field_validator("fields")
@@ -202,6 +218,8 @@ class SuiteConfig(_Strict):
     def _fits_together(self) -> Self:
         if self.chat is False and self.chat_template is not None:
             raise ValueError("chat: false leaves no use for chat_template; leave one of them out")
+        if self.turns and (some := [name for name in self.weights if name in LIKELIHOOD_SCORERS]):
+            raise ValueError(f"scorer {some[0]} grades the first turn alone; leave out turns")
         if len(self.turn_references) not in (0, len(self.turns)):
             raise ValueError(
                 f"turn_references: {len(self.turn_references)} columns for {len(self.turns)} "
@@ -215,11 +233,15 @@ class SuiteConfig(_Strict):
         return {self.scorer: 1.0} if isinstance(self.scorer, str) else self.scorer
 
 
-def read_suite_config(path: Path) -> SuiteConfig:
-    """The configuration in the YAML file `path`; ConfigError names every wrong key at once."""
+def read_suite_config(path: Path, *, trust_code: bool = False) -> SuiteConfig:
+    """The configuration in the YAML file `path`; ConfigError names every wrong key at once.
+
+    `trust_code` allows scorers that are code of somebody's own.
+    """
     content = _content(path)
+    context = {"folder": path.parent, "trust_code": trust_code}
     try:
-        return SuiteConfig.model_validate(content, context={"folder": path.parent})
+        return SuiteConfig.model_validate(content, context=context)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from error
 

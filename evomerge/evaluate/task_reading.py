@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evomerge.errors import ConfigError
 from evomerge.evaluate.hub import dataset_file
 from evomerge.evaluate.prompts import render_template
-from evomerge.evaluate.scorers import Scorer
 from evomerge.evaluate.suite_config import DataSource, JoinConfig, SuiteConfig
 from evomerge.evaluate.tables import Row, cell, read_rows, text_in
 from evomerge.evaluate.task import Task
@@ -34,8 +33,15 @@ def find_tables(config: SuiteConfig, folder: Path, data: Path | None, where: str
     return _brought(source, where)
 
 
+class Objector(Protocol):
+    """A scorer, as far as reading tasks needs it."""
+
+    def objection(self, task: Task) -> str | None:
+        """Why `task` cannot be graded; None where it can."""
+
+
 def read_tasks(
-    config: SuiteConfig, tables: Sequence[Path], scorers: Mapping[str, Scorer]
+    config: SuiteConfig, tables: Sequence[Path], scorers: Mapping[str, Objector]
 ) -> tuple[Task, ...]:
     """The tasks in `tables`, in their order; ConfigError names file and line."""
     found = [row for path in tables for row in read_rows(path)]
@@ -132,19 +138,21 @@ def _task(config: SuiteConfig, id_column: str | None, row: Row) -> Task:
         config.reference_for is None or known["category"] in config.reference_for
     )
     later = config.turn_references if has_reference else ()
+    choices = _choices(config, row)
+    reference = ""
+    if config.reference is not None and has_reference:
+        reference = text_in(row, config.reference, "suite key reference")
     return Task(
         id=known["id"],
         input=known["input"],
-        reference=text_in(row, config.reference, "suite key reference")
-        if config.reference is not None and has_reference
-        else "",
+        reference=_choice(choices, reference, row) if config.choice_index else reference,
         category=known["category"],
         user=render_template(config.prompt, {**further, **known}, row.where),
         fields=further,
         turns=tuple(text_in(row, column, "suite key turns") for column in config.turns),
         turn_references=tuple(text_in(row, column, "suite key turn_references") for column in later)
         or ("",) * len(config.turns),
-        choices=_choices(config, row),
+        choices=choices,
     )
 
 
@@ -164,6 +172,16 @@ def _choices(config: SuiteConfig, row: Row) -> tuple[str, ...]:
             "name a column for each choice, or one with a list"
         )
     return tuple(values)
+
+
+def _choice(choices: Sequence[str], place: str, row: Row) -> str:
+    """The choice at `place`, from 0."""
+    if not place.isdecimal() or int(place) >= len(choices):
+        raise ConfigError(
+            f"{row.where}: choice_index: the reference {place!r} is no place from 0 to "
+            f"{len(choices) - 1}"
+        )
+    return choices[int(place)]
 
 
 def _refuse_repeated_ids(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
@@ -203,11 +221,11 @@ def _has_reference(config: SuiteConfig, task: Task) -> bool:
 
 
 def _check_scorable(
-    config: SuiteConfig, scorers: Mapping[str, Scorer], task: Task, row: Row
+    config: SuiteConfig, scorers: Mapping[str, Objector], task: Task, row: Row
 ) -> None:
     for name, scorer in scorers.items():
         if objection := scorer.objection(task):
-            raise ConfigError(f"{row.where}: {config.reference}: scorer {name}: {objection}")
+            raise ConfigError(f"{row.where}: scorer {name}: {objection}")
 
 
 def _check_categories(config: SuiteConfig, tasks: Iterable[Task], path: Path) -> None:

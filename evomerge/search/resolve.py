@@ -75,7 +75,9 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
     adapters and GGUF files become is kept in `storage`.
     """
     check_writable(storage)
-    suite = _in_file(config, lambda: load_suite(config.suite, config.folder))
+    suite = _in_file(
+        config, lambda: load_suite(config.suite, config.folder, trust_code=config.trust_code)
+    )
     _in_file(config, lambda: check_graders(suite, config.judge))
     search, holdout = _split(config, suite)
     base, *models = _model_folders(config, storage)

@@ -181,6 +181,7 @@ class StudyConfig(_Strict):
 
     _folder: Path = PrivateAttr(default_factory=Path)
     _where: str = PrivateAttr(default="study")
+    _trust_code: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -240,6 +241,11 @@ class StudyConfig(_Strict):
         """The file, for messages."""
         return self._where
 
+    @property
+    def trust_code(self) -> bool:
+        """Whether code of somebody's own may run: scorers of a suite file."""
+        return self._trust_code
+
     def with_seed(self, seed: int) -> StudyConfig:
         """The same study with another seed of its sampler."""
         sampler = self.sampler.model_copy(update={"seed": seed})
@@ -260,7 +266,7 @@ def read_study(reference: str, *, trust_code: bool = False) -> StudyConfig:
     """The study that a preset's bare name or a file's path means.
 
     Raises ConfigError with every mistake of the file at once. `trust_code` lets `engine:` have
-    keys that are not known to be harmless.
+    keys that are not known to be harmless, and suites scorers that are code of their own.
     """
     path = locate(reference, "search_spaces")
     try:
@@ -285,7 +291,7 @@ def study_from_mapping(
     except ValidationError as error:
         lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
-    config._folder, config._where = folder, where
+    config._folder, config._where, config._trust_code = folder, where, trust_code
     return config
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from evomerge.errors import ConfigError
+from evomerge.evaluate.suite import SuiteConfig
 from evomerge.search.resolve import resolve_study, what_changed
 from evomerge.search.study import EngineOptions, StudyConfig, read_study, study_from_mapping
 
@@ -315,3 +316,29 @@ def test_other_tasks_and_other_weights_change_the_study(
         "suite (tasks, prompt, scorer, settings)",
         "models.0 (its files)",
     ]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_scorer_that_is_code_needs_trust_wherever_it_stands(
+    study_file: Callable[..., Path], tmp_path: Path, inline: bool
+) -> None:
+    (tmp_path / "own.py").write_text("def one(task, answer):\n    return 1\n")
+    suite = {"scorer": "own.py:one", "data": "tasks.jsonl"}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    path = str(study_file(suite=suite if inline else "suite.yaml"))
+    with pytest.raises(ConfigError, match="runs code, which needs --trust-code"):
+        resolve_study(read_study(path), tmp_path / "storage")
+    found = resolve_study(read_study(path, trust_code=True), tmp_path / "storage")
+    assert found.suite.scorers["own.py:one"].grade(found.suite.tasks[0], "x") == 1
+
+
+def test_a_study_takes_a_preset_with_its_own_tasks_and_stays_so_when_stored(
+    study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    judge = {"model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    path = study_file(suite={"like": "jsonl-judge", "data": "tasks.jsonl"}, judge=judge)
+    config = read_study(str(path))
+    again = study_from_mapping(config.to_mapping(), where="stored", folder=tmp_path)
+    assert again.suite == config.suite
+    assert isinstance(again.suite, SuiteConfig)
+    assert again.suite.rubric is not None
