@@ -19,12 +19,12 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigError, nearest, shown
 from evomerge.recipe import DtypeName, ModelName, Say
 from evomerge.settings import CUTOFF
 from evomerge.strict_yaml import load_yaml
+from evomerge.wording import Location, complaint, only_follows
 
 RANDOM_MODES = ("random", "uniform_random")
 # `hidden` is mergekit's name for `hidden_last`.
@@ -244,22 +244,16 @@ def _known_part(
 
 
 def _describe_mistakes(error: ValidationError, where: str) -> str:
-    mistakes = error.errors(include_url=False, include_context=False)
-    return "\n".join(f"{where}: {_describe(mistake)}" for mistake in mistakes)
+    mistakes = error.errors(include_url=False)
+    return "\n".join(
+        f"{where}: {complaint(mistake, _keys_at, cutoff=CUTOFF)}"
+        for mistake in mistakes
+        if not only_follows(mistake, mistakes)
+    )
 
 
-def _describe(mistake: ErrorDetails) -> str:
-    location = mistake["loc"]
-    place = ".".join(str(part) for part in location) + ": " if location else ""
-    if mistake["type"] == "extra_forbidden":
-        level = Expert if len(location) > 1 else MoEConfig
-        return f"{place}unknown key{nearest(str(location[-1]), level.model_fields, cutoff=CUTOFF)}"
-    if mistake["type"] == "missing":
-        return f"{place}is missing"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return place + message
-    return f"{place}{message} (given: {shown(mistake['input'])})"
+def _keys_at(location: Location) -> list[str]:
+    return list((Expert if len(location) > 1 else MoEConfig).model_fields)
 
 
 def _count(number: int, word: str) -> str:

@@ -17,7 +17,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -27,6 +29,7 @@ from evomerge.errors import ConfigError, nearest, shown
 from evomerge.merge_rules import METHODS, PARAMETER_NAMES, MethodRules
 from evomerge.settings import CUTOFF, Setting, Settings, check_setting, misfits, unread_conditions
 from evomerge.strict_yaml import load_yaml
+from evomerge.wording import Location, complaint, only_follows
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -102,6 +105,16 @@ def _path_reference(value: object) -> str:
     return f"{path}@{revision}" if revision else path
 
 
+def _check_range(value: object) -> object:
+    numbers = value if isinstance(value, list | tuple) else ()
+    if len(numbers) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(
+            f"{shown(value)} should be [first, end), two whole numbers from 0: [0, 8] has the "
+            "layers 0 to 7"
+        )
+    return value
+
+
 def _refuse_unknown(mapping: Mapping[object, object], known: Sequence[str]) -> None:
     for key in mapping:
         if key not in known:
@@ -114,7 +127,7 @@ Parameters = Annotated[
 DtypeName = Annotated[str | None, AfterValidator(_check_dtype)]
 ModelName = Annotated[str, Field(min_length=1), BeforeValidator(_model_reference)]
 TokenizerName = Annotated[str, Field(min_length=1), BeforeValidator(_tokenizer_reference)]
-LayerIndex = Annotated[int, Field(ge=0, strict=True)]
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_check_range)]
 
 
 class _Strict(BaseModel):
@@ -132,7 +145,7 @@ class Source(_Strict):
     """The layers `layer_range` = [first, end) of a model, with their own parameters."""
 
     model: ModelName
-    layer_range: tuple[LayerIndex, LayerIndex]
+    layer_range: LayerRange
     parameters: Parameters = {}
 
     @model_validator(mode="after")
@@ -201,10 +214,36 @@ class ModelToken(_Strict):
         return self
 
 
+_SOURCE_KINDS = ("zero", "model_token")
+_NAME = "name"
+
+
+def _source_kind(source: object) -> object:
+    """What a token's source is: a model's name, or of the kind that it says."""
+    if isinstance(source, str):
+        return _NAME
+    return source.get("kind") if isinstance(source, Mapping) else getattr(source, "kind", None)
+
+
+TokenSource = Annotated[
+    Annotated[ZeroToken, Tag("zero")]
+    | Annotated[ModelToken, Tag("model_token")]
+    | Annotated[str, Tag(_NAME)],
+    Discriminator(
+        _source_kind,
+        custom_error_type="token_source",
+        custom_error_message=(
+            "should be a model's name, {kind: zero} or {kind: model_token, model: NAME, "
+            "token: TOKEN}"
+        ),
+    ),
+]
+
+
 class TokenChoice(_Strict):
     """Where the embedding of one token comes from; `force` replaces it in models that have it."""
 
-    source: ZeroToken | ModelToken | str | None = None
+    source: TokenSource | None = None
     force: bool = False
 
 
@@ -614,37 +653,31 @@ def _with_flow_ranges(node: object) -> object:
 
 def _describe_mistakes(error: ValidationError, where: str) -> str:
     """All mistakes that pydantic found in `where`, one line each, with the nearest known key."""
-    mistakes = error.errors(include_url=False, include_context=False)
+    mistakes = [_without_tags(one) for one in error.errors(include_url=False)]
     return "\n".join(
-        f"{where}: {_describe(mistake)}"
+        f"{where}: {complaint(mistake, _keys_at, cutoff=CUTOFF)}"
         for mistake in mistakes
-        if not _only_follows(mistake, mistakes)
+        if not only_follows(mistake, mistakes)
     )
 
 
-def _only_follows(mistake: ErrorDetails, mistakes: Sequence[ErrorDetails]) -> bool:
-    """Whether a list is called too short because a wrong item of it was not counted."""
-    place = mistake["loc"]
-    return mistake["type"] == "too_short" and any(
-        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in mistakes
-    )
-
-
-def _describe(mistake: ErrorDetails) -> str:
+def _without_tags(mistake: ErrorDetails) -> ErrorDetails:
+    """A mistake at its place in the file: pydantic's names the kind of a token's source, too."""
     location = mistake["loc"]
-    place = ".".join(str(part) for part in location) + ": " if location else ""
-    if mistake["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        return f"{place}unknown key{nearest(str(location[-1]), known, cutoff=CUTOFF)}"
-    if mistake["type"] == "missing":
-        return f"{place}is missing"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return place + message
-    return f"{place}{message} (given: {shown(mistake['input'])})"
+    place = tuple(
+        part
+        for before, part in zip((None, *location), location, strict=False)
+        if not (before == "source" and part in (*_SOURCE_KINDS, _NAME))
+    )
+    return {**mistake, "loc": place}
 
 
-def _keys_at(location: Sequence[object]) -> list[str]:
+def _keys_at(location: Location) -> list[str]:
     """The keys of the level at `location`, such as ("slices", 3, "sources", 0)."""
-    found = [_NEXT_LEVEL[str(part)] for part in location if str(part) in _NEXT_LEVEL]
-    return list((found[-1] if found else Recipe).model_fields)
+    level: type[BaseModel] = Recipe
+    for number, part in enumerate(location):
+        if part == "tokens":  # the keys below are tokens, whatever they are called
+            level = ModelToken if "source" in location[number + 2 :] else TokenChoice
+            break
+        level = _NEXT_LEVEL.get(str(part), level)
+    return list(level.model_fields)
