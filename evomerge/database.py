@@ -67,7 +67,7 @@ def open_database(directory: Path, url: str | None = None) -> Database:
     where = _place(directory, url)
     with _cannot_be_opened(where):
         engine = _sqlite_engine(directory) if url is None else sql.create_engine(url)
-        with engine.begin() as connection:
+        with _let_go_on_failure(engine), engine.begin() as connection:
             _create_or_check(connection, where)
     return engine
 
@@ -81,15 +81,25 @@ def open_for_reading(directory: Path, url: str | None = None) -> Database:
     where = _place(directory, url)
     with _cannot_be_opened(where):
         engine = _sqlite_reader(directory) if url is None else sql.create_engine(url)
-        with engine.connect() as connection:
+        with _let_go_on_failure(engine), engine.connect() as connection:
             found = schema.found_version(connection)
-    if found is None:
-        raise ConfigError(f"{where}: holds no tables of evomerge")
-    _check_not_newer(found, where)
+            if found is None:
+                raise ConfigError(f"{where}: holds no tables of evomerge")
+            _check_not_newer(found, where)
     if found < schema.VERSION:
         engine.dispose()
         return open_database(directory, url)
     return engine
+
+
+@contextmanager
+def _let_go_on_failure(engine: Database) -> Iterator[None]:
+    """Closes the connections of an engine that the block refuses."""
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
 
 
 @contextmanager
