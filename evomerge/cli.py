@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ from evomerge.resources import (
     PRESET_WORDS,
     PresetKind,
     locate,
+    locate_any,
     preset_file,
     preset_names,
     prompts_of,
@@ -41,7 +43,9 @@ from evomerge.terminal import (
 )
 
 if TYPE_CHECKING:
+    from evomerge.evaluate.judge_config import JudgeConfig
     from evomerge.merge.extract import Extraction
+    from evomerge.report.reproduction import Reproduced
     from evomerge.report.results import Results
     from evomerge.search.study import StudyConfig
 
@@ -151,6 +155,7 @@ def _run(
     seed: int | None,
     *,
     trust_code: bool,
+    show: bool = True,
 ) -> None:
     """The search with its display; at the end its model, its report and the table."""
     from rich.console import Console
@@ -186,7 +191,8 @@ def _run(
         going_on = f"go on with: {command}"
         say(f"interrupted; {going_on if begun else 'nothing had begun yet'}")
         raise typer.Exit(INTERRUPTED) from None
-    _print_results(results)
+    if show:
+        _print_results(results)
 
 
 @app.command()
@@ -310,7 +316,7 @@ def moe(
     shard_bytes = parse_size(max_shard_size)
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
-    from evomerge.moe_config import read_moe_config
+    from evomerge.moe_config import mixture_text, read_moe_config
     from evomerge.report.merge_display import MergeDisplay
     from evomerge.report.moe import build_moe
 
@@ -323,7 +329,7 @@ def moe(
             wanted,
             out,
             inputs,
-            verbatim=file.read_text(encoding="utf-8"),
+            verbatim=mixture_text(file.read_text(encoding="utf-8")),
             seed=seed,
             max_shard_size=shard_bytes,
             overwrite=overwrite,
@@ -407,6 +413,151 @@ def extract(
         if as_json
         else _extraction_text(out, found)
     )
+
+
+@app.command()
+def reproduce(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE|PRESET", help="A mixture with `reproduce:`, or a study."),
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of a mixture; else its name.")
+    ] = None,
+    data: eval_commands.DataOption = None,
+    limit: eval_commands.LimitOption = None,
+    judge_model: eval_commands.JudgeModelOption = None,
+    judge_url: eval_commands.JudgeUrlOption = None,
+    judge_key_env: eval_commands.JudgeKeyOption = None,
+    judge_local: eval_commands.JudgeLocalOption = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="vllm|transformers", help="Instead of the file's.")
+    ] = None,
+    trials: TrialsOption = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="TYPE|none", help="The GGUF file's type; else q8_0.")
+    ] = None,
+    storage: StorageOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    trust_code: TrustOption = False,
+) -> None:
+    """Build or search what a file describes, evaluate it, draw it, write its card and GGUF."""
+    from evomerge.report.reproduction import is_mixture_file
+
+    path = locate_any(file, ("mixtures", "search_spaces"))
+    judge = eval_commands.judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
+    if is_mixture_file(path):
+        if trials is not None:
+            raise ConfigError(f"--trials: {path} describes a mixture, which is not searched for")
+        found = _reproduce_mixture(
+            path, out, data, limit, judge, engine, gguf, storage_directory(storage),
+            overwrite=overwrite,
+        )  # fmt: skip
+    else:
+        for option, value in (("--out", out), ("--limit", limit)):
+            if value is not None:
+                raise ConfigError(f"{option}: {path} is a study; this is for mixtures")
+        found = _reproduce_study(
+            path,
+            data,
+            judge,
+            engine,
+            gguf,
+            storage,
+            trials,
+            trust_code=trust_code,
+            show=not as_json,
+        )
+    if as_json:
+        print(json.dumps(found.document, indent=2, ensure_ascii=False))
+    else:
+        eval_commands.print_evaluation(found.document)
+        for what, where in (("model", found.model), ("table", found.table), ("GGUF", found.gguf)):
+            if where is not None:
+                print(f"{what:<7} {_from_here(where.absolute())}")
+        for chart in found.charts:
+            print(f"{'chart':<7} {_from_here(chart.absolute())}")
+    if any(row["reason"] is not None for row in found.document["models"]):
+        raise typer.Exit(1)
+
+
+def _reproduce_mixture(  # noqa: PLR0917
+    path: Path,
+    out: Path | None,
+    data: Path | None,
+    limit: int | None,
+    judge: JudgeConfig | None,
+    engine: str | None,
+    gguf: str | None,
+    storage: Path,
+    *,
+    overwrite: bool,
+) -> Reproduced:
+    from evomerge.report.merge_display import MergeDisplay
+    from evomerge.report.reproduction import Reproduction, read_mixture_file
+
+    wanted = read_mixture_file(path)
+    if gguf is not None:
+        wanted = wanted.with_gguf(None if gguf == "none" else gguf)
+    try:
+        with eval_commands.engines_at_work(), MergeDisplay(sys.stderr) as display:
+            return Reproduction(
+                file=wanted,
+                out=out or Path(wanted.reproduce.name),
+                storage=storage,
+                live=wanted.live(engine),
+                judge=judge or wanted.reproduce.judge,
+                environment=os.environ,
+                data=data,
+                limit=limit,
+                overwrite=overwrite,
+                say=say,
+                progress=display,
+            ).run()
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _reproduce_study(  # noqa: PLR0917
+    path: Path,
+    data: Path | None,
+    judge: JudgeConfig | None,
+    engine: str | None,
+    gguf: str | None,
+    storage: Path | None,
+    trials: int | None,
+    *,
+    trust_code: bool,
+    show: bool,
+) -> Reproduced:
+    from evomerge.merge.gguf import check_gguf_output
+    from evomerge.merge.inputs import InputModels
+    from evomerge.report.reproduction import check_gguf_tokenizer, evaluate_study, live_settings
+    from evomerge.search.study import read_study, with_options
+
+    config = read_study(str(path), trust_code=trust_code)
+    config = with_options(config, data=data, judge=judge, engine=engine)
+    directory = storage_directory(storage, config)
+    kind = None if gguf == "none" else gguf or "q8_0"
+    if kind is not None:
+        check_gguf_output(directory / f"{config.study}.gguf", kind, overwrite=True)
+    if kind is not None:
+        with stdout_for_results():
+            inputs = InputModels(directory, config.folder, config.engine.dtype, say=say)
+            check_gguf_tokenizer(inputs.resolve(config.base_model))
+    _run(config, directory, trials, seed=None, trust_code=trust_code, show=show)
+    with eval_commands.engines_at_work():
+        return evaluate_study(
+            config,
+            directory,
+            live_settings(config.engine),
+            gguf=kind,
+            environment=os.environ,
+            say=say,
+        )
 
 
 for _command in eval_commands.COMMANDS:

@@ -35,6 +35,24 @@ if TYPE_CHECKING:
     from evomerge.merge.inputs import InputModels
     from evomerge.search.side_by_side import Contestant
 
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The suite's tasks, in place of its own.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="N tasks, of all categories alike.")
+]
+JudgeModelOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who grades, where the suite has a judge.")
+]
+JudgeUrlOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="Its OpenAI-compatible API (…/v1).")
+]
+JudgeKeyOption = Annotated[
+    str | None, typer.Option(metavar="VAR", help="The variable that holds its key.")
+]
+JudgeLocalOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A judge that vLLM serves here instead.")
+]
 EngineOption = Annotated[
     str,
     typer.Option(metavar="auto|vllm|transformers", help="auto: vLLM where it is installed."),
@@ -211,7 +229,7 @@ def answer(
     if routes is not None:
         refuse_existing_file(routes, overwrite=overwrite)
     inputs = _inputs(storage, dtype)
-    with _engines_at_work():
+    with engines_at_work():
         table = _router(router, inputs, embedding, embedding_prefix, threshold)
         settings = AnswerSettings(
             generation=GenerationSettings(
@@ -247,7 +265,7 @@ def answer(
 
 
 @contextlib.contextmanager
-def _engines_at_work() -> Iterator[None]:
+def engines_at_work() -> Iterator[None]:
     """What engines print goes to stderr, and nothing of what their libraries warn themselves of."""
     with stdout_for_results(), warnings.catch_warnings():
         # Of vLLM's and torch's own code: nothing that a reader could mend.
@@ -264,24 +282,12 @@ def eval_(
     ],
     *,
     suite: Annotated[str, typer.Option(metavar="SUITE", help="A preset's name, or a suite file.")],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The suite's tasks, in place of its own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="N tasks, of all categories alike.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who grades, where the suite has a judge.")
-    ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Its OpenAI-compatible API (…/v1).")
-    ] = None,
-    judge_key_env: Annotated[
-        str | None, typer.Option(metavar="VAR", help="The variable that holds its key.")
-    ] = None,
-    judge_local: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A judge that vLLM serves here instead.")
-    ] = None,
+    data: DataOption = None,
+    limit: LimitOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_key_env: JudgeKeyOption = None,
+    judge_local: JudgeLocalOption = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Write the tables as Markdown.")
     ] = None,
@@ -313,7 +319,7 @@ def eval_(
 
     live = _live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
     wanted, tasks = _suite(suite, data, limit)
-    judge = _judge(judge_model, judge_url, judge_key_env, judge_local)
+    judge = judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
     if needs_judge(wanted) and judge is None:
         raise ConfigError(
             f"--judge-model: is missing, and {suite} is graded by a judge; as --judge-model "
@@ -325,7 +331,7 @@ def eval_(
     if radar:
         check_radar_categories(task.category for task in tasks)
         check_charts(radar, overwrite=overwrite)
-    with _engines_at_work():
+    with engines_at_work():
         contestants = _contestants(models, _inputs(storage, dtype))
         try:
             measured = measure_models(
@@ -347,7 +353,7 @@ def eval_(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        _print_evaluation(found)
+        print_evaluation(found)
     if markdown is not None:
         write_new(markdown, evaluation_markdown(found), overwrite=overwrite)
     if radar and any(one.score is not None for one in measured):
@@ -369,7 +375,7 @@ def _suite(reference: str, data: Path | None, limit: int | None) -> tuple[Suite,
     return suite, [task for task in suite.tasks if task.id in drawn]
 
 
-def _judge(
+def judge_of_options(
     model: str | None, url: str | None, key_env: str | None, local: str | None
 ) -> JudgeConfig | None:
     from evomerge.evaluate.judge_config import judge_from_mapping
@@ -397,7 +403,7 @@ def _contestants(models: Sequence[str], inputs: InputModels) -> list[Contestant]
     return found
 
 
-def _print_evaluation(found: Mapping[str, Any]) -> None:
+def print_evaluation(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     from evomerge.report.side_by_side import categories_table, evaluation_notes, evaluation_table

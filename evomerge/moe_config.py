@@ -61,6 +61,10 @@ Prompts = Annotated[
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 
 
+# The key of a mixture's file that says how it is evaluated: none of mergekit-moe's.
+REPRODUCE = "reproduce"
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -179,6 +183,20 @@ def read_moe_config(path: Path, *, lenient: bool = False, say: Say | None = None
     return parse_moe_config(text, str(path), lenient=lenient, say=say)
 
 
+def mixture_text(text: str) -> str:
+    """The text of a mixture's file without what only `evomerge reproduce` reads."""
+    kept: list[str] = []
+    inside = False
+    for line in text.splitlines(keepends=True):
+        if line.startswith(f"{REPRODUCE}:"):
+            inside = True
+        elif inside and line.strip() and not line[0].isspace():
+            inside = False
+        if not inside:
+            kept.append(line)
+    return "".join(kept)
+
+
 def parse_moe_config(
     text: str, where: str, *, lenient: bool = False, say: Say | None = None
 ) -> MoEConfig:
@@ -189,6 +207,8 @@ def parse_moe_config(
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: a mixture is a mapping with base_model and experts")
+    # How the mixture is evaluated (`evomerge reproduce`) makes no other mixture.
+    mapping = {key: value for key, value in mapping.items() if key != REPRODUCE}
     notes: list[str] = []
     if lenient:
         mapping = _forgiven(mapping, notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,14 @@ def _is_of(kind: PresetKind, path: Path) -> bool:
 def is_bare_name(reference: str) -> bool:
     """Whether `reference` names a preset: no suffix and no separator, else it is a path."""
     return not set(reference) & {".", "/", "\\"}
+
+
+def locate_any(reference: str, kinds: Sequence[PresetKind]) -> Path:
+    """The file that `reference` means: a preset's of one of `kinds`, or the path itself."""
+    for kind in kinds[:-1]:
+        if is_bare_name(reference) and reference in preset_names(kind):
+            return preset_file(reference, kind)
+    return locate(reference, kinds[-1])
 
 
 def locate(reference: str, kind: PresetKind) -> Path:

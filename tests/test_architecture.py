@@ -32,12 +32,15 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "strict_yaml", "resources", "database", "schema", "recipe", "space"),
         *("merge", "engine", "evaluate"),
     },
-    "report": {"errors", "recipe", "moe_config", "space", "merge", "engine", "evaluate", "search"},
+    "report": {
+        *("errors", "strict_yaml", "recipe", "moe_config", "space", "merge", "engine"),
+        *("evaluate", "search"),
+    },
     "__main__": {"cli"},
     "terminal": {"errors", "search"},
     "cli": {
         *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "search", "report"),
-        "eval_commands",
+        *("evaluate", "eval_commands"),
     },
     "eval_commands": {
         *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "engine"),

@@ -342,6 +342,34 @@ def check_study_name(name: str, error: type[Exception] = ConfigError) -> None:
         )
 
 
+def with_options(
+    config: StudyConfig,
+    *,
+    data: Path | None = None,
+    judge: JudgeConfig | None = None,
+    engine: str | None = None,
+) -> StudyConfig:
+    """The study with what the command line says in place of the file: tasks, judge, engine.
+
+    Raises ConfigError where that is not possible.
+    """
+    changes: dict[str, Any] = {} if judge is None else {"judge": judge}
+    if engine is not None:
+        if engine not in {"auto", "vllm", "transformers"}:
+            raise ConfigError(f"--engine: {engine!r} is none; there are vllm and transformers")
+        changes["engine"] = config.engine.model_copy(update={"name": engine})
+    if data is not None:
+        table = {"data": str(data.absolute())}
+        changes["suite"] = (
+            SuiteConfig.model_validate(
+                {"like": config.suite} | table, context={"folder": config.folder}
+            )
+            if isinstance(config.suite, str)
+            else config.suite.model_copy(update=table)
+        )
+    return config.model_copy(update=changes)
+
+
 def study_directory(storage: Path, name: str) -> Path:
     """Where study `name` keeps what can be rebuilt from the database. ConfigError on a bad name."""
     check_study_name(name)

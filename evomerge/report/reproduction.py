@@ -1,0 +1,446 @@
+"""A published mixture in one file: built, evaluated, drawn, described, converted, step by step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
+
+from evomerge.engine.live_models import LiveSettings
+from evomerge.errors import ConfigError, OutputExistsError, nearest
+from evomerge.evaluate.graders import needs_judge
+from evomerge.evaluate.judge_config import JudgeConfig, key_of
+from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
+from evomerge.evaluate.task import Task
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.gguf import TYPES, check_gguf_output, write_gguf
+from evomerge.merge.gguf_vocabulary import read_vocabulary
+from evomerge.merge.inputs import InputModels
+from evomerge.merge.streaming import Progress
+from evomerge.moe_config import REPRODUCE, MoEConfig, mixture_text, parse_moe_config
+from evomerge.report.moe import build_moe
+from evomerge.report.radar import check_charts, draw_radar
+from evomerge.report.results import MODEL_FOLDER
+from evomerge.report.side_by_side import (
+    check_radar_categories,
+    evaluation_markdown,
+    evaluation_radar,
+)
+from evomerge.search.resolve import engine_name, resolve_study
+from evomerge.search.side_by_side import Contestant, Measured, evaluation_json, measure_models
+from evomerge.search.storage import write_whole
+from evomerge.search.study import EngineSettings, StudyConfig, check_study_name
+from evomerge.search.tasks import draw_tasks
+from evomerge.strict_yaml import load_yaml
+
+Say = Callable[[str], None]
+
+EVALUATION = "evaluation.json"
+TABLE = "evaluation.md"
+CHARTS = ("radar.png", "radar.svg")
+_STATE = "reproduction.json"
+_CARD = "README.md"
+
+
+def _suite_form(suite: object) -> str:
+    return "inline" if isinstance(suite, Mapping | SuiteConfig) else "reference"
+
+
+class ReproduceConfig(BaseModel):
+    """The key `reproduce:` of a mixture's file: what is compared with it, on what, by whom.
+
+    `name` is the mixture's; `models` come before it in the comparison, the first is what all
+    others are compared with. `gguf` is the type of the GGUF file, null for none. `published` has
+    scores to show beside ours, by model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    suite: Annotated[
+        Annotated[str, Field(min_length=1), Tag("reference")]
+        | Annotated[SuiteConfig, Tag("inline")],
+        Discriminator(_suite_form),
+    ]
+    judge: JudgeConfig | None = None
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    gguf: str | None = "q8_0"
+    published: Mapping[str, float] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _can_name_a_folder(cls, name: str) -> str:
+        try:
+            check_study_name(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @field_validator("gguf")
+    @classmethod
+    def _is_written_here(cls, kind: str | None) -> str | None:
+        if kind is not None and kind not in TYPES:
+            raise ValueError(f"{kind!r} is not written here{nearest(kind, TYPES)}")
+        return kind
+
+
+@dataclass(frozen=True)
+class MixtureFile:
+    """A mixture and how it is evaluated, as a file says; `text` is that of the mixture alone.
+
+    `suite` is the suite as a reader knows it.
+    """
+
+    path: Path
+    mixture: MoEConfig
+    text: str
+    reproduce: ReproduceConfig
+    suite: str
+
+    def live(self, name: str | None = None) -> LiveSettings:
+        """What the engines are started with; `name` in place of the file's engine."""
+        return live_settings(self.reproduce.engine, name)
+
+    def with_gguf(self, kind: str | None) -> MixtureFile:
+        """The same with another type of GGUF file, or none; ConfigError where it is not written."""
+        if kind is not None and kind not in TYPES:
+            raise ConfigError(f"--gguf: {kind!r} is not written here{nearest(kind, TYPES)}")
+        return replace(self, reproduce=self.reproduce.model_copy(update={"gguf": kind}))
+
+
+def live_settings(engine: EngineSettings, name: str | None = None) -> LiveSettings:
+    """What engines are started with by an `engine:`; `name` in place of its own.
+
+    Without a dtype each model has its own.
+    """
+    if name not in {None, "auto", "vllm", "transformers"}:
+        raise ConfigError(f"--engine: {name!r} is none; there are auto, vllm and transformers")
+    dtype = engine.dtype if "dtype" in engine.model_fields_set else None
+    return LiveSettings(engine_name(name or engine.name), dtype, engine.threads, engine.options)
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What lies in the folder at the end; `document` is that of `evomerge eval --json`."""
+
+    model: Path
+    gguf: Path | None
+    table: Path
+    charts: tuple[Path, ...]
+    document: Mapping[str, Any]
+
+
+def is_mixture_file(path: Path) -> bool:
+    """Whether a file describes a mixture with its evaluation; ConfigError where it is no YAML."""
+    content = _mapping(path)
+    if "experts" in content and REPRODUCE not in content:
+        raise ConfigError(
+            f"{path}: has no key {REPRODUCE}: {{name, models, suite, …}}, which says how the "
+            f"mixture is evaluated; evomerge moe {path} OUT builds it alone"
+        )
+    return REPRODUCE in content
+
+
+def read_mixture_file(path: Path) -> MixtureFile:
+    """The mixture and its evaluation; ConfigError names every wrong key of the file."""
+    text = path.read_text(encoding="utf-8")
+    mixture = parse_moe_config(text, str(path))
+    section = _mapping(path)[REPRODUCE]
+    try:
+        config = ReproduceConfig.model_validate(section, context={"folder": path.parent})
+    except ValidationError as error:
+        lines = (f"{path}: {_complaint(mistake)}" for mistake in error.errors(include_url=False))
+        raise ConfigError("\n".join(lines)) from error
+    suite = section["suite"]
+    named = suite if isinstance(suite, str) else str(suite.get("like", path.stem))
+    return MixtureFile(path, mixture, mixture_text(text), config, named)
+
+
+@dataclass
+class Reproduction:
+    """The steps of one reproduction into the folder `out`; what is done already is left as it is.
+
+    `judge` and `live` may be others than the file's. `say` is told what takes its time.
+    """
+
+    file: MixtureFile
+    out: Path
+    storage: Path
+    live: LiveSettings
+    judge: JudgeConfig | None
+    environment: Mapping[str, str]
+    data: Path | None = None
+    limit: int | None = None
+    overwrite: bool = False
+    say: Say = lambda line: None
+    progress: Progress | None = None
+    _tasks: tuple[Task, ...] = field(default=(), init=False)
+
+    def run(self) -> Reproduced:
+        """All steps. Raises ConfigError for what can be found wrong before the first one."""
+        suite = self._check()
+        inputs = InputModels(self.storage, dtype=self.live.dtype or "bfloat16", say=self.say)
+        known = {name: inputs.resolve(name) for name in self._names}
+        if self.file.reproduce.gguf is not None:
+            check_gguf_tokenizer(known[self.file.mixture.base_model])
+        model = self._build(inputs, known)
+        contestants = [
+            *(Contestant(name, known[name]) for name in self.file.reproduce.models),
+            Contestant(self.file.reproduce.name, model),
+        ]
+        measured = measure_models(
+            suite,
+            self._tasks,
+            contestants,
+            live=self.live,
+            judge=self.judge,
+            storage=self.storage,
+            folder=self.file.path.parent,
+            environment=self.environment,
+            say=self.say,
+        )
+        document = self._document(suite, measured)
+        charts = write_evaluation(self.out, document, self.file.reproduce.name, self.say)
+        self._write_card(model, document, charts)
+        return Reproduced(model, self._convert(model), self.out / TABLE, charts, document)
+
+    @property
+    def _names(self) -> list[str]:
+        """Every model that is needed, once."""
+        return list(dict.fromkeys([*self.file.mixture.model_names(), *self.file.reproduce.models]))
+
+    def _check(self) -> Suite:
+        """The suite; everything else that the steps need is looked at, too."""
+        config = self.file.reproduce
+        try:
+            suite = load_suite(config.suite, self.file.path.parent, data=self.data)
+        except ConfigError as error:
+            raise ConfigError(f"{self.file.path}: {REPRODUCE}.suite: {error}") from error
+        if needs_judge(suite) and self.judge is None:
+            raise ConfigError(
+                f"{self.file.path}: {REPRODUCE}.judge: is missing, and the suite is graded by one; "
+                "--judge-model NAME --judge-url URL --judge-key-env VAR name it, too"
+            )
+        if self.judge is not None and needs_judge(suite):
+            for server in self.judge.servers:
+                key_of(server, self.environment)
+        self._tasks = _limited(suite, self.limit)
+        state = self._state()
+        begun = state.get("mixture") or state.get("building")
+        if state and begun != self._mixture_digest and not self.overwrite:
+            raise OutputExistsError(
+                f"{self.out}: holds the reproduction of another mixture; choose another --out, or "
+                "--overwrite"
+            )
+        if not state and self.out.exists() and any(self.out.iterdir()) and not self.overwrite:
+            raise OutputExistsError(f"{self.out}: exists already; --overwrite writes into it")
+        check_charts([self.out / name for name in CHARTS], overwrite=True)
+        if config.gguf is not None:
+            check_gguf_output(self._gguf, config.gguf, overwrite=True)
+        return suite
+
+    def _build(self, inputs: InputModels, known: Mapping[str, Path]) -> Path:
+        """Step 1: the mixture's folder, unless it is there."""
+        model = self.out / self.file.reproduce.name
+        sources = [Checkpoint.open(known[name]).fingerprint() for name in sorted(known)]
+        made_of = hashlib.sha256("\n".join(sources).encode()).hexdigest()
+        state = self._state()
+        if model.is_dir() and (state.get("mixture"), state.get("sources")) == (
+            self._mixture_digest,
+            made_of,
+        ):
+            self.say(f"the mixture is there: {model}")
+            return model
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._remember({"building": self._mixture_digest})
+        self.say(f"building the mixture {model}")
+        build_moe(
+            self.file.mixture,
+            model,
+            inputs,
+            verbatim=self.file.text,
+            overwrite=True,
+            progress=self.progress,
+            say=self.say,
+        )
+        self._remember({"mixture": self._mixture_digest, "sources": made_of})
+        return model
+
+    def _document(self, suite: Suite, measured: Sequence[Measured]) -> dict[str, Any]:
+        document = evaluation_json(self.file.suite, suite, measured)
+        for row in document["models"]:
+            row["published"] = self.file.reproduce.published.get(row["model"])
+        return document
+
+    def _write_card(self, model: Path, document: Mapping[str, Any], charts: Sequence[Path]) -> None:
+        """Step 4: the evaluation at the end of the mixture's card, its chart beside."""
+        card = (model / _CARD).read_text(encoding="utf-8").partition("\n## Evaluation\n")[0]
+        picture = ""
+        for chart in charts[:1]:
+            (model / chart.name).write_bytes(chart.read_bytes())
+            picture = f"\n![Mean grades by category]({chart.name})\n"
+        text = f"{card}\n## Evaluation\n\n{evaluation_text(document)}{picture}"
+        write_whole(model / _CARD, text)
+
+    def _convert(self, model: Path) -> Path | None:
+        """Step 5: the GGUF file, unless it is there and of this model."""
+        kind = self.file.reproduce.gguf
+        if kind is None:
+            return None
+        made_of = [Checkpoint.open(model).fingerprint(), kind]
+        state = self._state()
+        if self._gguf.is_file() and state.get("gguf") == made_of:
+            self.say(f"the GGUF file is there: {self._gguf}")
+            return self._gguf
+        self.say(f"writing {self._gguf}")
+        for note in write_gguf(
+            model, self._gguf, kind, overwrite=True, name=self.file.reproduce.name
+        ):
+            self.say(f"note: {note}")
+        self._remember(state | {"gguf": made_of})
+        return self._gguf
+
+    @property
+    def _gguf(self) -> Path:
+        return self.out / f"{self.file.reproduce.name}.{self.file.reproduce.gguf}.gguf"
+
+    @property
+    def _mixture_digest(self) -> str:
+        return hashlib.sha256(self.file.mixture.model_dump_json().encode()).hexdigest()
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.out / _STATE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _remember(self, state: Mapping[str, Any]) -> None:
+        write_whole(self.out / _STATE, json.dumps(state, indent=2) + "\n")
+
+
+def evaluate_study(
+    config: StudyConfig,
+    storage: Path,
+    live: LiveSettings,
+    *,
+    gguf: str | None,
+    environment: Mapping[str, str],
+    say: Say,
+) -> Reproduced:
+    """A finished study's winner beside its base and models, on the tasks held out of the search.
+
+    On all of them where none were held out: the table then says so. The files go into the study's
+    folder; `gguf` is the type of the winner's GGUF file, None for none.
+    """
+    study = resolve_study(config, storage)
+    folder = study.directory
+    model = folder / MODEL_FOLDER
+    tasks = study.holdout_tasks or study.suite.tasks
+    named = {config.base_model: study.base, **dict(zip(config.models, study.models, strict=True))}
+    measured = measure_models(
+        study.suite,
+        tasks,
+        [*(Contestant(name, path) for name, path in named.items()), Contestant(study.name, model)],
+        live=live,
+        judge=config.judge,
+        storage=storage,
+        folder=config.folder,
+        environment=environment,
+        say=say,
+    )
+    suite = config.suite if isinstance(config.suite, str) else study.name
+    which = "held out of the search" if study.holdout_tasks else "that the search saw, too"
+    document = evaluation_json(f"{suite}, {len(tasks)} tasks {which}", study.suite, measured)
+    charts = write_evaluation(folder, document, study.name, say)
+    if gguf is None:
+        return Reproduced(model, None, folder / TABLE, charts, document)
+    file = folder / f"{study.name}.{gguf}.gguf"
+    say(f"writing {file}")
+    for note in write_gguf(model, file, gguf, overwrite=True, name=study.name):
+        say(f"note: {note}")
+    return Reproduced(model, file, folder / TABLE, charts, document)
+
+
+def check_gguf_tokenizer(folder: Path) -> None:
+    """Raises ConfigError where llama.cpp has no such tokenizer as the model's in `folder`."""
+    rows = Checkpoint.open(folder).architecture.embedding_header.shape[0]
+    try:
+        read_vocabulary(folder, rows)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --gguf none does without a GGUF file") from error
+
+
+def write_evaluation(
+    folder: Path, document: Mapping[str, Any], title: str, say: Say
+) -> tuple[Path, ...]:
+    """The evaluation as JSON and Markdown in `folder`, and its charts, whose paths come back.
+
+    There are none where the suite has fewer than three categories, or a model failed.
+    """
+    write_whole(folder / EVALUATION, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / TABLE, f"# {title}\n\n{evaluation_text(document)}")
+    charts = tuple(folder / name for name in CHARTS)
+    try:
+        check_radar_categories(name for row in document["models"] for name in row["categories"])
+    except ConfigError as error:
+        say(f"no radar chart: {error}")
+        return ()
+    for note in draw_radar(evaluation_radar(document), charts, title=title):
+        say(f"note: {note}")
+    return charts
+
+
+def evaluation_text(document: Mapping[str, Any]) -> str:
+    """The tables in Markdown, with what was published beside them where that is known."""
+    known = {
+        row["model"]: row["published"]
+        for row in document["models"]
+        if row.get("published") is not None
+    }
+    published = "".join(f"* {model}: {score:g}\n" for model, score in known.items())
+    return evaluation_markdown(document) + (f"\nPublished:\n\n{published}" if published else "")
+
+
+def _limited(suite: Suite, limit: int | None) -> tuple[Task, ...]:
+    if limit is None:
+        return suite.tasks
+    drawn = set(draw_tasks({task.id: task.category for task in suite.tasks}, limit, 0, 0))
+    return tuple(task for task in suite.tasks if task.id in drawn)
+
+
+def _mapping(path: Path) -> Mapping[Any, Any]:
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: neither a mixture nor a study: both are mappings")
+    return content
+
+
+def _complaint(mistake: Mapping[str, Any]) -> str:
+    location = [str(part) for part in mistake["loc"] if part not in {"inline", "reference"}]
+    place = ".".join([REPRODUCE, *location])
+    if mistake["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {"suite": SuiteConfig, "judge": JudgeConfig}
+        level = models.get(location[0], ReproduceConfig) if len(location) > 1 else ReproduceConfig
+        return f"{place}: unknown key{nearest(location[-1], level.model_fields)}"
+    if mistake["type"] == "missing":
+        return f"{place}: is missing"
+    return f"{place}: {str(mistake['msg']).removeprefix('Value error, ')}"
