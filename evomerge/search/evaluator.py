@@ -17,6 +17,7 @@ from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.graders import open_graders
+from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
@@ -89,6 +90,7 @@ class Evaluators:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._graders: Mapping[str, Grader] | None = None
+        self._has_shown_a_prompt = False
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +107,11 @@ class Evaluators:
             except ConfigError as error:
                 raise ConfigError(f"{study.config.where}: {error}") from error
         with _open_engine(study, split) as engine:
+            prompt = self_test(engine, study.suite)
+            if not self._has_shown_a_prompt:
+                _to_stderr(f"the model reads the first task as\n{shown_prompt(prompt)}")
+                self._has_shown_a_prompt = True
+            check_prompt_lengths(engine, study.suite, study.suite.tasks)
             yield EngineEvaluator(
                 engine,
                 study.suite,
@@ -147,7 +154,6 @@ def _open_engine(study: ResolvedStudy, split: TimeSplit) -> Iterator[Engine]:
     if name != asked and name == "transformers":
         _to_stderr(NO_VLLM)
     with open_engine(name, engine_config(study)) as engine:
-        check_prompt_lengths(engine, study.suite, study.suite.tasks)
         split.engine_start += time.perf_counter() - start
         yield engine
 

@@ -24,6 +24,7 @@ from evomerge.evaluate.graders import open_graders
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, check_prompt_lengths
 from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
@@ -121,12 +122,13 @@ class SideBySide:
             self.say(_line(contestants[place].name, known) + ", in the ledger already")
         left = [place for place in range(len(contestants)) if place not in found]
         pending: dict[int, Future[list[TaskResult]]] = {}
+        shown: set[str] = set()
         models = LiveModels([contestants[place].folder for place in left], self.live, self.say)
         with models.opened() as each:
             for turn, engine in each:
                 place = left[turn]
                 try:
-                    pending[place] = self._begin(engine, tasks)
+                    pending[place] = self._begin(contestants[place], engine, tasks, shown)
                 except CandidateError as error:
                     found[place] = self._failed(contestants[place], error)
                 # At once what is graded by now: a kill loses no more than is in flight.
@@ -137,10 +139,18 @@ class SideBySide:
         return [found[place] for place in range(len(contestants))]
 
     def _begin(
-        self, engine: Engine | CandidateError, tasks: Sequence[Task]
+        self,
+        one: Contestant,
+        engine: Engine | CandidateError,
+        tasks: Sequence[Task],
+        shown: set[str],
     ) -> Future[list[TaskResult]]:
         if isinstance(engine, CandidateError):
             raise engine
+        prompt = self_test(engine, self.suite)
+        if prompt not in shown:
+            shown.add(prompt)
+            self.say(f"{one.name} reads the first task as\n{shown_prompt(prompt)}")
         check_prompt_lengths(engine, self.suite, tasks)
         evaluation = Evaluation(engine, self.suite, self.graders)
         return evaluation.begin([task.id for task in tasks])
