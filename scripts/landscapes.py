@@ -3,8 +3,8 @@
 A genome is a vector of merge weights. How well it does a task falls with its squared distance from
 the best weights (which differ a little between tasks) in a rotated, ill-conditioned metric; an item
 response curve turns that into a grade from 1 to 5, and noise of answering and judging is added.
-Levels and noise are those of real models with real judges: the base at 2.2, the untuned merge at
-3.1, all models added up at 3.5, the optimum at 3.9; standard deviations of 1.1 to 1.3 within a
+Levels and noise are those of real models with real judges: all weights 0.5 at 3.1, all
+models added up at 3.6, the optimum at 3.9; standard deviations of 1.1 to 1.3 within a
 model and of 1.0 to 1.1 between paired grades of relatives.
 """
 
@@ -31,14 +31,15 @@ class Kind:
     """What makes a landscape.
 
     `exponent` of the distance; `own` is how far tasks' best weights lie from the common ones, per
-    gene; `ruggedness` is the height of hills that are `wavelength` weights apart per gene; `optima`
-    is where the best weights are drawn from; `condition` that of the metric.
+    gene; `ruggedness` is the height of hills, and one comes where every gene has moved by
+    `wavelength`; `optima` is where the best weights are drawn from, but for the share `at_border`
+    of genes, which are best just outside of the bounds; `condition` is that of the metric.
     """
 
     exponent: float = 2.0
     own: float = 0.2
     ruggedness: float = 0.0
-    wavelength: float = 0.5
+    wavelength: float = 1.0
     optima: tuple[float, float] = (0.3, 1.5)
     at_border: float = 0.0
     condition: float = 20.0
@@ -50,6 +51,7 @@ KINDS = {
     "sharper": Kind(exponent=1.6),
     "own optima": Kind(exponent=1.8, own=0.45),
     "rugged": Kind(ruggedness=0.35),
+    "lottery": Kind(ruggedness=0.35, wavelength=0.1),
     "border": Kind(at_border=0.2),
     "low weights": Kind(optima=(-0.2, 0.8)),
     "ill-conditioned": Kind(condition=300.0),
@@ -74,8 +76,7 @@ class Landscape:
         self._difficulty = 1.6 * random.randn(tasks)
         self._slope = np.exp(0.25 * random.randn(tasks))
         # Random Fourier features: a stationary field of hills, of which each task has its share.
-        self._waves = random.randn(64, dimension) * (2 * math.pi / kind.wavelength)
-        self._waves /= math.sqrt(dimension)
+        self._waves = random.randn(64, dimension) * (2 * math.pi / kind.wavelength / dimension)
         self._phases = random.uniform(0, 2 * math.pi, 64)
         self._order = random.randint(CATEGORIES, size=tasks)
         self.categories = {task: int(self._order[task]) for task in range(tasks)}

@@ -19,3 +19,11 @@ def test_no_more_tasks_are_asked_for_than_there_are(tasks: int) -> None:
 def test_the_plain_mean_of_the_models_is_among_the_scales() -> None:
     assert defaults.sweep_scales(1) == (0.5, 0.75, 1.0, 1.25)
     assert 0.333333 in defaults.sweep_scales(3)
+
+
+def test_a_small_budget_has_fewer_tasks_for_each_candidate_and_a_large_one_more() -> None:
+    assert defaults.tasks_per_candidate(100) == 25
+    found = [defaults.tasks_per_candidate(100, 24, spent) for spent in (0, 1500, 4800, 10**6)]
+    assert found == [12, 12, 25, 50]
+    assert defaults.tasks_per_candidate(40, 24, 500) == 8
+    assert defaults.tasks_per_candidate(5, 24, 10**6) == 5
