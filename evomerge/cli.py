@@ -453,7 +453,7 @@ def reproduce(
             raise ConfigError(f"--trials: {path} describes a mixture, which is not searched for")
         found = _reproduce_mixture(
             path, out, data, limit, judge, engine, gguf, storage_directory(storage),
-            overwrite=overwrite,
+            overwrite=overwrite, trust_code=trust_code,
         )  # fmt: skip
     else:
         for option, value in (("--out", out), ("--limit", limit)):
@@ -494,11 +494,12 @@ def _reproduce_mixture(  # noqa: PLR0917
     storage: Path,
     *,
     overwrite: bool,
+    trust_code: bool,
 ) -> Reproduced:
     from evomerge.report.merge_display import MergeDisplay
     from evomerge.report.reproduction import Reproduction, read_mixture_file
 
-    wanted = read_mixture_file(path)
+    wanted = read_mixture_file(path, trust_code=trust_code)
     if gguf is not None:
         wanted = wanted.with_gguf(None if gguf == "none" else gguf)
     try:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 DataOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The suite's tasks, in place of its own.")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-code", help="Let a suite grade by code that its file names.")
+]
 LimitOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="N tasks, of all categories alike.")
 ]
@@ -306,6 +309,7 @@ def eval_(
     storage: StorageOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    trust_code: TrustOption = False,
 ) -> None:
     """Evaluate models side by side, paired task by task against the first one."""
     from evomerge.evaluate.graders import needs_judge
@@ -318,7 +322,7 @@ def eval_(
     from evomerge.search.side_by_side import evaluation_json, measure_models
 
     live = _live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
-    wanted, tasks = _suite(suite, data, limit)
+    wanted, tasks = _suite(suite, data, limit, trust_code=trust_code)
     judge = judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
     if needs_judge(wanted) and judge is None:
         raise ConfigError(
@@ -363,12 +367,14 @@ def eval_(
         raise typer.Exit(1)
 
 
-def _suite(reference: str, data: Path | None, limit: int | None) -> tuple[Suite, list[Task]]:
+def _suite(
+    reference: str, data: Path | None, limit: int | None, *, trust_code: bool
+) -> tuple[Suite, list[Task]]:
     """A suite, and its tasks or as many of them as `limit`, of all categories alike."""
     from evomerge.evaluate.suite import load_suite
     from evomerge.search.tasks import draw_tasks
 
-    suite = load_suite(reference, Path(), data=data)
+    suite = load_suite(reference, Path(), data=data, trust_code=trust_code)
     if limit is None or limit >= len(suite.tasks):
         return suite, list(suite.tasks)
     drawn = set(draw_tasks({task.id: task.category for task in suite.tasks}, limit, 0, 0))

@@ -171,7 +171,7 @@ def test_a_study_is_searched_and_then_its_winner_evaluated_on_the_held_out_tasks
     tiny_llama2(tmp_path / "base")
     tiny.variant(tmp_path / "base", tmp_path / "expert", seed=1)
     write(tmp_path / "tasks.jsonl", [{"input": f"say {n}", "output": str(n)} for n in range(4)])
-    suite = {"scorer": "numeric", "data": "tasks.jsonl", "max_tokens": 2}
+    suite = {"scorer": "numeric", "data": "tasks.jsonl", "max_tokens": 2, "chat": False}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"suite": suite}))
     ran = run("reproduce", "study.yaml", "--json")
     assert ran.status == 0, ran.err

@@ -69,12 +69,13 @@ def ask(engine: Engine, chat: Chat, task: Task, answers: Sequence[str] = ()) -> 
     Without a chat template the turns follow each other as they are, a line break between them.
     """
     users = (task.user, *task.turns)[: len(answers) + 1]
+    system = chat.system if task.system is None else task.system
     said = [text for pair in zip(users, answers, strict=False) for text in pair] + [users[-1]]
     if uses_chat(engine, chat):
-        return engine.render(messages(chat.system, said), template=chat.template)
+        return engine.render(messages(system, said), template=chat.template)
     # A prompt ends with its cue and the answer follows at once; the next one begins a line.
     spoken = "\n".join("".join(said[place : place + 2]) for place in range(0, len(said), 2))
-    return spoken if chat.system is None else f"{chat.system}\n{spoken}"
+    return spoken if system is None else f"{system}\n{spoken}"
 
 
 @lru_cache(maxsize=64)

@@ -46,12 +46,15 @@ class RoutedSettings:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] | None = None
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What it changes, by name."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def over(self, settings: GenerationSettings) -> GenerationSettings:
         """`settings` with what is said here in place of theirs."""
-        said = {one.name: getattr(self, one.name) for one in fields(self)}
-        return replace(
-            settings, **{name: value for name, value in said.items() if value is not None}
-        )
+        return replace(settings, **self.said)
 
 
 _SETTING_NAMES = tuple(one.name for one in fields(RoutedSettings))
@@ -442,14 +445,12 @@ def _with_shared_prompts(rows: Sequence[RouterRow]) -> list[RouterRow]:
 
 def _like(row: RouterRow, source: RouterRow) -> RouterRow:
     """`row` with what `source` says and it does not."""
-    own = {one.name: getattr(row.settings, one.name) for one in fields(row.settings)}
-    said = {name: value for name, value in own.items() if value is not None}
     return replace(
         row,
         prompt=source.prompt,
         system=row.system or source.system,
         shots=row.shots or source.shots,
-        settings=replace(source.settings, **said),
+        settings=replace(source.settings, **row.settings.said),
     )
 
 

@@ -14,6 +14,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS, LikelihoodScorer
 from evomerge.evaluate.own_scorers import code_digest, find_scorer
 from evomerge.evaluate.prompts import Chat, ask, uses_chat
+from evomerge.evaluate.routing import routed_tasks
 from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.evaluate.suite_config import JUDGE, GenerationConfig, SuiteConfig, read_suite_config
@@ -93,7 +94,8 @@ class Suite:
         `selection_temperature`.
         """
         config = self.config
-        own = config.by_category.get(task.category, _NOTHING_OF_ITS_OWN)
+        of_category = config.by_category.get(task.category, _NOTHING_OF_ITS_OWN)
+        own = of_category.model_copy(update=dict(task.settings))
         temperature = config.temperature if own.temperature is None else own.temperature
         if attempt and not temperature:
             temperature = config.selection_temperature
@@ -109,8 +111,9 @@ class Suite:
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of everything that can change a grade; the place of the file is not."""
-        settings = self.config.model_dump(mode="json", exclude={"data", "join"})
-        content: list[object] = [settings, [asdict(task) for task in self.tasks]]
+        # What a router's table says is in the tasks.
+        settings = self.config.model_dump(mode="json", exclude={"data", "join", "router"})
+        content: list[object] = [settings, [_content(task) for task in self.tasks]]
         content += map(code_digest, self.own_scorers.values())
         text = json.dumps(content, ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -144,10 +147,22 @@ def load_suite(
     empty = Suite(suite, (), where, own)
     tables = find_tables(suite, folder, data, where)
     scorers: dict[str, Scorer | LikelihoodScorer] = {**empty.scorers, **empty.likelihood_scorers}
-    found = replace(empty, tasks=read_tasks(suite, tables, scorers))
+    tasks = read_tasks(suite, tables, scorers)
+    if suite.router is not None:
+        tasks = routed_tasks(suite.router, tasks, folder, where)
+    found = replace(empty, tasks=tasks)
     _check_rubric(found)
     _check_gates(found)
     return found
+
+
+def _content(task: Task) -> dict[str, object]:
+    """All of a task, for a digest: without what a router would say, where it says nothing."""
+    content = asdict(task)
+    for key in ("system", "settings"):
+        if not content[key] and content[key] != "":
+            del content[key]
+    return content
 
 
 def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list[Task]]:

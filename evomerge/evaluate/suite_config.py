@@ -111,6 +111,25 @@ class GenerationConfig(_Strict):
     stop: tuple[str, ...] | None = None
 
 
+def _as_table(value: object) -> object:
+    return {"table": value} if isinstance(value, str) else value
+
+
+class RouterConfig(_Strict):
+    """The table of examples that says how each task is asked (`evaluate.router`).
+
+    Tasks are compared by their letters, or by the vectors of the model in the folder `embedding`,
+    with `embedding_prefix` before each text; under `threshold` the default row counts.
+    `leave_one_out`: no task is compared with the example that it is itself.
+    """
+
+    table: Annotated[str, Field(min_length=1)]
+    threshold: float | None = None
+    embedding: Annotated[str, Field(min_length=1)] | None = None
+    embedding_prefix: str = ""
+    leave_one_out: bool = True
+
+
 class SuiteConfig(_Strict):
     """What a suite file, or the key `suite:` of a study, says.
 
@@ -129,7 +148,8 @@ class SuiteConfig(_Strict):
 
     `prompt` is a jinja template that may use input, id, category and the fields. `chat`: None means
     through the tokenizer's chat template if it has one; `chat_template` is one to use in its place:
-    the name of one that ships, or its text. `by_category` changes the settings of generation.
+    the name of one that ships, or its text. `by_category` changes the settings of generation,
+    `router` prompt, system message and settings task by task.
     `scorer` is the name of one, or a mapping of several to their weights: each is then scaled to
     [0, 1] by its range, and the grade is their weighted mean. `rubric` is what a judge is
     told (without one, what jsonl-judge tells it). `gates` are the highest grades that answers may
@@ -164,6 +184,7 @@ class SuiteConfig(_Strict):
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     stop: tuple[str, ...] = ()
     by_category: Mapping[str, GenerationConfig] = {}
+    router: Annotated[RouterConfig, BeforeValidator(_as_table)] | None = None
     selection_temperature: float = Field(default=0.7, gt=0.0)
 
     @model_validator(mode="before")
@@ -294,10 +315,20 @@ def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A suite file's own table stays the one beside it."""
-    if not isinstance(content.get("data"), str):
-        return content
-    return {**content, "data": str(folder / Path(content["data"]).expanduser())}
+    """A suite file's own tables stay the ones beside it."""
+    beside = dict(content)
+    if isinstance(content.get("data"), str):
+        beside["data"] = _beside(content["data"], folder)
+    router = _as_table(content.get("router"))
+    if isinstance(router, Mapping):
+        names = ("table", "embedding")
+        places = {key: _beside(router[key], folder) for key in names if key in router}
+        beside["router"] = {**router, **places}
+    return beside
+
+
+def _beside(name: object, folder: Path) -> object:
+    return str(folder / Path(name).expanduser()) if isinstance(name, str) else name
 
 
 def _with_texts(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -355,6 +386,7 @@ def _keys_at(location: tuple[int | str, ...]) -> Sequence[str]:
         "join": JoinConfig,
         "rubric": RubricConfig,
         "by_category": GenerationConfig,
+        "router": RouterConfig,
     }
     outer = str(location[0]) if len(location) > 1 else ""
     return list(models[outer].model_fields) if outer in models else _keys()

@@ -15,7 +15,8 @@ class Task:
     `fields` are the further columns that the suite maps (`eval_aspect`), by the suite's names.
     `turns` are further user turns, each asked after the answer to the one before, and
     `turn_references` their right answers ("" where there is none), one each. `choices` are the
-    answers to choose from, where the suite has such.
+    answers to choose from, where the suite has such. `system` and `settings` are what a router
+    puts in place of the suite's system message and settings of generation.
     """
 
     id: str
@@ -27,6 +28,8 @@ class Task:
     turns: tuple[str, ...] = ()
     turn_references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    system: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def at_turn(self, turn: int) -> Task:
         """The task as a scorer of the answer to `turn` (from 0) sees it: with its reference."""

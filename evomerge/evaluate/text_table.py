@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 from evomerge.errors import ConfigError
+from evomerge.evaluate.tables import read_rows
 
 if TYPE_CHECKING:
     from openpyxl.cell.cell import Cell, MergedCell
     from openpyxl.worksheet.worksheet import Worksheet
 
 EXCEL = (".xlsx", ".xlsm")
-KINDS = (*EXCEL, ".csv", ".tsv", ".jsonl", ".json")
+KINDS = (*EXCEL, ".csv", ".tsv", ".jsonl", ".parquet")
 # How Excel writes what XML cannot hold: a carriage return of Windows is _x000D_.
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+
+
+# In a text file a line break at the end is meant (a prompt may end in one); in a cell of Excel it
+# is where somebody pressed Alt-Enter.
+_BLANKS = " \t\u3000"
 
 
 @dataclass(frozen=True)
 class TextRow:
     """One row: `where` says which ("prompts.xlsx:3"), `cells` have a text for every column.
 
-    Line breaks are \\n, outer white space is gone, an empty cell is "". Whole numbers are written
-    without a point.
+    Line breaks are \\n, outer blanks are gone (in workbooks outer line breaks, too), an empty cell
+    is "". Whole numbers are written without a point.
     """
 
     where: str
@@ -43,52 +48,20 @@ def read_table(path: Path) -> list[TextRow]:
     """
     suffix = path.suffix.lower()
     if suffix not in KINDS:
-        raise ConfigError(f"{path}: a table is an .xlsx, .csv, .tsv or .jsonl file")
-    try:
-        if suffix in EXCEL:
-            rows = list(_excel_rows(path))
-        elif suffix in {".csv", ".tsv"}:
-            rows = list(_csv_rows(path, "\t" if suffix == ".tsv" else ","))
-        else:
-            rows = list(_json_rows(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: is not in UTF-8 (byte {error.start}); save it as “CSV UTF-8”"
-        ) from error
-    except (OSError, csv.Error) as error:
-        raise ConfigError(f"{path}: the table cannot be read: {error}") from error
+        raise ConfigError(f"{path}: a table is an .xlsx, .csv, .tsv, .jsonl or .parquet file")
+    if suffix in EXCEL:
+        rows = list(_excel_rows(path))
+    else:
+        rows = [
+            one
+            for row in read_rows(path)
+            for one in _row(
+                row.where, list(row.cells), [*map(_json_text, row.cells.values())], _BLANKS
+            )
+        ]
     if not rows:
         raise ConfigError(f"{path}: the table holds no row")
     return rows
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[TextRow]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = _header(next(reader, []), f"{path}:1")
-        for cells in reader:
-            if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
-                raise ConfigError(
-                    f"{path}:{reader.line_num}: {len(cells)} cells, but {len(header)} columns; a "
-                    'text with a comma or a line break stands in "quotes"'
-                )
-            padded = [*cells, *[""] * (len(header) - len(cells))]
-            yield from _row(f"{path}:{reader.line_num}", header, padded)
-
-
-def _json_rows(path: Path) -> Iterator[TextRow]:
-    # Not splitlines(): it also breaks at U+2028 and others that may stand inside a JSON string.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not a JSON object: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
-        yield from _row(where, list(content), [_json_text(value) for value in content.values()])
 
 
 def _excel_rows(path: Path) -> Iterator[TextRow]:
@@ -98,7 +71,9 @@ def _excel_rows(path: Path) -> Iterator[TextRow]:
         # Formulas' results and, beside them, the formulas: openpyxl gives one or the other.
         values = openpyxl.load_workbook(path, data_only=True).worksheets[0]
         formulas = openpyxl.load_workbook(path).worksheets[0]
-    except (BadZipFile, KeyError, ValueError, IndexError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: this table does not exist") from error
+    except (OSError, BadZipFile, KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{path}: cannot be read as an Excel workbook: {error}") from error
     merged = _merged(values)
     lines = [
@@ -161,14 +136,18 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
     return names
 
 
-def _row(where: str, header: Sequence[str], cells: Sequence[str]) -> Iterator[TextRow]:
-    texts = {name: _clean(cell) for name, cell in zip(header, cells, strict=True) if name}
-    if any(texts.values()):
+def _row(
+    where: str, header: Sequence[str], cells: Sequence[str], outer: str | None = None
+) -> Iterator[TextRow]:
+    texts = {name: _clean(cell, outer) for name, cell in zip(header, cells, strict=True) if name}
+    if any(text.strip() for text in texts.values()):
         yield TextRow(where, texts)
 
 
-def _clean(text: str) -> str:
-    return text.replace("_x000D_", "\r").replace("\r\n", "\n").replace("\r", "\n").strip()
+def _clean(text: str, outer: str | None) -> str:
+    """A cell's text with \\n for line breaks of all kinds, without `outer` at its ends."""
+    breaks = text.replace("_x000D_", "\r").replace("\r\n", "\n").replace("\r", "\n")
+    return breaks.strip(outer)
 
 
 def _json_text(value: object) -> str:

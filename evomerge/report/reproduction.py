@@ -111,6 +111,7 @@ class MixtureFile:
     text: str
     reproduce: ReproduceConfig
     suite: str
+    trusted: bool = False
 
     def live(self, name: str | None = None) -> LiveSettings:
         """What the engines are started with; `name` in place of the file's engine."""
@@ -156,19 +157,24 @@ def is_mixture_file(path: Path) -> bool:
     return REPRODUCE in content
 
 
-def read_mixture_file(path: Path) -> MixtureFile:
-    """The mixture and its evaluation; ConfigError names every wrong key of the file."""
+def read_mixture_file(path: Path, *, trust_code: bool = False) -> MixtureFile:
+    """The mixture and its evaluation; ConfigError names every wrong key of the file.
+
+    `trust_code` allows its suite scorers that are code of somebody's own, and any engine option.
+    """
     text = path.read_text(encoding="utf-8")
     mixture = parse_moe_config(text, str(path))
     section = _mapping(path)[REPRODUCE]
     try:
-        config = ReproduceConfig.model_validate(section, context={"folder": path.parent})
+        config = ReproduceConfig.model_validate(
+            section, context={"folder": path.parent, "trust_code": trust_code}
+        )
     except ValidationError as error:
         lines = (f"{path}: {_complaint(mistake)}" for mistake in error.errors(include_url=False))
         raise ConfigError("\n".join(lines)) from error
     suite = section["suite"]
     named = suite if isinstance(suite, str) else str(suite.get("like", path.stem))
-    return MixtureFile(path, mixture, mixture_text(text), config, named)
+    return MixtureFile(path, mixture, mixture_text(text), config, named, trust_code)
 
 
 @dataclass
@@ -228,7 +234,12 @@ class Reproduction:
         """The suite; everything else that the steps need is looked at, too."""
         config = self.file.reproduce
         try:
-            suite = load_suite(config.suite, self.file.path.parent, data=self.data)
+            suite = load_suite(
+                config.suite,
+                self.file.path.parent,
+                data=self.data,
+                trust_code=self.file.trusted,
+            )
         except ConfigError as error:
             raise ConfigError(f"{self.file.path}: {REPRODUCE}.suite: {error}") from error
         if needs_judge(suite) and self.judge is None:

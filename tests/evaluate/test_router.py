@@ -13,9 +13,12 @@ import pytest
 
 from evomerge.engine.base import GenerationSettings
 from evomerge.errors import ConfigError
+from evomerge.evaluate.prompts import ask
 from evomerge.evaluate.router import Router, RouterRow, read_router, summary
+from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
 from evomerge.evaluate.text_table import read_table
 from tests import tiny
+from tests.evaluate.test_evaluation import CountingEngine
 from tests.shared_data import shared_data
 
 SUMS = {
@@ -138,6 +141,60 @@ def test_excel_csv_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
     assert found == [expected, expected, expected]
 
 
+def test_a_prompt_in_a_text_file_keeps_the_line_break_that_it_ends_in(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "t.jsonl", [{"input": " a　", "prompt": "### 指示\n{{ input }}\n### 回答\n"}]
+    )
+    assert prompts(read_router(path), "a") == ["### 指示\na\n### 回答\n"]
+
+
+def routed_suite(folder: Path, **router: object) -> Suite:
+    """Two sums and a poem to be written, asked as examples of the very same tasks say."""
+    rows = [
+        {"id": "1", "input": "1 と 2 を足した数は?", "output": "3", "kind": "x"},
+        {"id": "2", "input": "3 と 4 を足した数は?", "output": "7", "kind": "x"},
+        {"id": "3", "input": "Hello", "output": "Hi", "kind": "y"},
+    ]
+    jsonl(folder / "tasks.jsonl", rows)
+    table = [
+        {"id": "1", "input": "1 と 2 を足した数は?", "prompt": "計算: {{ input }}",
+         "system": "S", "settings": {"max_tokens": 9, "temperature": 0.5}},
+        {"id": "2", "input": "3 と 4 を足した数は?", "prompt": "和: {{ input }}"},
+        {"prompt": "何でも: {{ input }}", "stop": "。"},
+    ]  # fmt: skip
+    jsonl(folder / "table.jsonl", table)
+    config = {"data": "tasks.jsonl", "category": "kind", "by_category": {"x": {"max_tokens": 5}}}
+    config["router"] = {"table": "table.jsonl", **router} if router else "table.jsonl"
+    return load_suite(SuiteConfig.model_validate(config), folder)
+
+
+def test_a_suite_asks_each_task_as_its_nearest_example_but_itself_says(tmp_path: Path) -> None:
+    suite = routed_suite(tmp_path)
+    first, second, third = suite.tasks
+    assert [task.user for task in suite.tasks] == [
+        "和: 1 と 2 を足した数は?", "計算: 3 と 4 を足した数は?", "何でも: Hello",
+    ]  # fmt: skip
+    assert suite.generation(first) == GenerationSettings(max_tokens=5)
+    given = suite.generation(second)
+    assert (given.max_tokens, given.temperature) == (9, 0.5)
+    assert suite.generation(third) == GenerationSettings(max_tokens=256, stop=("。",))
+    asked = [ask(CountingEngine(chat=True), suite.chat, task) for task in suite.tasks]
+    assert ["system:S" in prompt for prompt in asked] == [False, True, False]
+    kept = routed_suite(tmp_path, leave_one_out=False)
+    assert kept.tasks[0].user == "計算: 1 と 2 を足した数は?"
+    assert kept.digest != suite.digest
+
+
+def test_what_is_wrong_with_a_suites_router_is_told(tmp_path: Path) -> None:
+    for router, words in (
+        ({"tabel": "t"}, "unknown key 'tabel'|router"),
+        ({"table": "none.xlsx"}, "none.xlsx"),
+        ({"embedding": "nowhere"}, "router.embedding: .*nowhere"),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=words):
+            routed_suite(tmp_path, **router)
+
+
 def test_a_cell_merged_over_rows_counts_for_each_of_them(tmp_path: Path) -> None:
     book = openpyxl.Workbook()
     sheet = book.worksheets[0]
@@ -190,8 +247,8 @@ def test_a_mistake_in_a_workbook_is_told_with_its_place(
 def test_what_is_no_table_is_told(tmp_path: Path) -> None:
     for name, content, words in [
         ("a.xlsx", b"no zip", "Excel workbook"),
-        ("b.csv", "input\n日本".encode("shift_jis"), "not in UTF-8"),
-        ("c.csv", b"input,prompt\na,b,c\n", "3 cells, but 2 columns"),
+        ("b.csv", "input\n日本".encode("shift_jis"), "not UTF-8"),
+        ("c.csv", b"input,prompt\na,b,c\n", "3 cells under 2 columns"),
         ("d.jsonl", b'{"input": "a"}\n[1]\n', "d.jsonl:2"),
         ("e.txt", b"", "an .xlsx"),
     ]:
