@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+import httpx
+
 MODEL = "scripted"
 
 
@@ -48,7 +50,8 @@ class ScriptedJudge:
     """`faults` are sent first, one per request; then `reply` of the prompt.
 
     `takes_schema` False: requests with a response_format are refused, as by servers that know none.
-    `prompts` are those that were replied to, in their order: the calls that are paid.
+    `prompts` are those that were replied to, in their order: the calls that are paid. `upstream`:
+    another server's URL, which then replies to what is no fault.
     """
 
     reply: Callable[[str], str] = grade_in_prompt
@@ -63,6 +66,7 @@ class ScriptedJudge:
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
+    upstream: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -89,6 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
     judge: ClassVar[ScriptedJudge]
 
     def do_GET(self) -> None:
+        if self.judge.upstream:
+            self._pass_on(httpx.get(self._above(), trust_env=False))
+            return
         if not self.judge.lists_models:
             self._send(404, '{"error": {"message": "no such route"}}')
             return
@@ -106,6 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None:
                 self._fail(fault)
+            elif judge.upstream:
+                answer = httpx.post(self._above(), json=request, timeout=60, trust_env=False)
+                with judge.lock:
+                    judge.prompts.append(request["messages"][-1]["content"])
+                self._pass_on(answer)
             elif self.path != "/v1/chat/completions" or request["model"] != MODEL:
                 self._send(404, '{"error": {"message": "no such model"}}')
             elif "response_format" in request and not judge.takes_schema:
@@ -115,6 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with judge.lock:
                 judge.at_once -= 1
+
+    def _above(self) -> str:
+        return self.judge.upstream.removesuffix("/v1") + self.path
+
+    def _pass_on(self, answer: httpx.Response) -> None:
+        self._send(answer.status_code, answer.text)
 
     def _reply(self, request: dict[str, Any]) -> None:
         prompt = request["messages"][-1]["content"]
