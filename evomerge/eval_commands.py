@@ -102,6 +102,49 @@ def radar(
         print(path)
 
 
+def answers(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")],
+    *,
+    storage: StorageOption = None,
+    trial: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=0, help="Of this trial; may be said more than once."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="T", help="To this task alone.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all of them to a .parquet or .csv file."),
+    ] = None,
+    as_json: JsonOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Show what a study's candidates answered, side by side, with grades and the judge's words.
+
+    Without --trial and --task: base and winner on the screen, all answers in JSON and files.
+    """
+    from evomerge.report.answers import answer_panels, check_export, export_answers, row_to_json
+    from evomerge.search.answers import study_answers
+
+    if export is not None:
+        check_export(export)
+        refuse_existing_file(export, overwrite=overwrite)
+    few = export is None and not as_json
+    rows = study_answers(storage_directory(storage), name, trial or (), task, few=few)
+    if export is not None:
+        export_answers(rows, export)
+        say(f"{len(rows)} answers")
+        print(export)
+    elif as_json:
+        found = [row_to_json(row) for row in rows]
+        print(json.dumps({"study": name, "answers": found}, indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        for panel in answer_panels(rows):
+            console.print(panel)
+
+
 def compare(
     first: Annotated[str, typer.Argument(metavar="STUDY_A", help="A study's name.")],
     second: Annotated[str, typer.Argument(metavar="STUDY_B", help="Another one's.")],
@@ -509,4 +552,4 @@ def _identity(folder: Path, live: LiveSettings) -> list[object]:
     return [Checkpoint.open(folder).fingerprint(), live.name, live.dtype, options]
 
 
-COMMANDS = (eval_, answer, radar, compare)
+COMMANDS = (eval_, answer, answers, radar, compare)

@@ -59,7 +59,7 @@ LIBRARIES: dict[str, set[str]] = {
     "openai": {"evaluate/judge_client.py"},
     "openpyxl": {"evaluate/tables.py", "evaluate/text_table.py"},
     "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
-    "pandas": set(),
+    "pandas": {"report/answers.py"},
     "peft": set(),
     "pyarrow": {"evaluate/tables.py"},
     "rich": {

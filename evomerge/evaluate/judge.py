@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class _Opinion:
     reply: str = ""
     usage: Usage | None = None
     refused: str | None = None
+
+    def for_free(self) -> _Opinion:
+        """The opinion, for those who do not pay for it."""
+        return replace(self, usage=None)
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,12 @@ class Judge:
         self, items: Sequence[GradeRequest], questions: Sequence[Sequence[_Question]]
     ) -> list[ScorerGrade]:
         opinions = await self._opinions([each for some in questions for each in some])
-        graded = [
-            self._grade(item, [(each, opinions[each.asked.key]) for each in some])
-            for item, some in zip(items, questions, strict=True)
-        ]
+        graded = []
+        for item, some in zip(items, questions, strict=True):
+            pairs = [(each, opinions[each.asked.key]) for each in some]
+            graded.append(self._grade(item, pairs))
+            # Equal answers are one call, which is paid for once.
+            opinions |= {each.asked.key: opinion.for_free() for each, opinion in pairs}
         self._refuse_too_many_unscored(graded, list(opinions.values()))
         return graded
 
@@ -150,6 +156,7 @@ class Judge:
         known = self._replies.look_up([key for key in by_key if key not in self._calls])
         opinions: dict[str, _Opinion] = {}
         waiting: dict[str, asyncio.Task[_Opinion]] = {}
+        others = set(self._calls)  # begun, and paid for, by somebody else
         for key, question in by_key.items():
             found = known.get(key, Known())
             if found.grade is not None:
@@ -162,7 +169,10 @@ class Judge:
             for error in [call.exception() for call in waiting.values()]:
                 if error is not None:
                     raise error
-        return opinions | {key: call.result() for key, call in waiting.items()}
+        given = {key: call.result() for key, call in waiting.items()}
+        return opinions | {
+            key: opinion.for_free() if key in others else opinion for key, opinion in given.items()
+        }
 
     def _begin_call(self, question: _Question, failures: int) -> asyncio.Task[_Opinion]:
         key = question.asked.key

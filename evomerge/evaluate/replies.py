@@ -67,6 +67,39 @@ class Spent:
     cost: float
 
 
+@dataclass(frozen=True)
+class JudgeUsage:
+    """What one judge was asked and paid by one payer; `cost` None where no prices are known."""
+
+    judge: str
+    host: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+
+
+def usage_of(connection: sql.Connection, payer: str) -> list[JudgeUsage]:
+    """What study `payer` has paid so far, judge by judge, by name."""
+    sums = (
+        sql.func.count(),
+        sql.func.sum(replies.c.prompt_tokens),
+        sql.func.sum(replies.c.completion_tokens),
+        sql.func.sum(replies.c.cost),
+    )
+    # A judge on this machine may have had another port in every run.
+    query = (
+        sql.select(replies.c.judge, sql.func.max(replies.c.host), *sums)
+        .where(replies.c.payer == payer)
+        .group_by(replies.c.judge)
+        .order_by(replies.c.judge)
+    )
+    return [
+        JudgeUsage(judge, host, calls, int(asked), int(said), cost)
+        for judge, host, calls, asked, said, cost in connection.execute(query)
+    ]
+
+
 class Replies:
     """The replies in the database that `open_database` gives, once one is asked for or told.
 

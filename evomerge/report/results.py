@@ -159,6 +159,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         "## Scores\n\nMean grade; higher is better.\n",
         outcome_markdown(results.rows, results.tasks),
         _caution(results.tasks),
+        *_judges(status),
         "## Where the time went\n",
         _time_table(results.seconds),
         "## How to repeat it\n",
@@ -198,6 +199,21 @@ def _caution(tasks: tuple[int, int]) -> str:
         "The winner was chosen and is shown on the same tasks: its score is biased upward. "
         "`holdout: 0.3` in the study file keeps tasks apart.\n"
     )
+
+
+def _judges(status: Mapping[str, Any]) -> list[str]:
+    """Who graded, and what that took; nothing where no judge was asked."""
+    rows = [
+        f"| {judge['judge']} ({judge['host']}) | {judge['calls']} | {judge['prompt_tokens']} | "
+        f"{judge['completion_tokens']} | "
+        f"{'–' if judge['cost'] is None else format(judge['cost'], '.2f')} |"
+        for judge in status["judges"]
+    ]
+    if not rows:
+        return []
+    heading = "| judge | calls | prompt tokens | reply tokens | cost |\n|---|---:|---:|---:|---:|"
+    note = "\nReplies that other studies had paid for already were taken from the ledger.\n"
+    return ["## Judges\n", heading, *rows, note]
 
 
 def _time_table(seconds: Mapping[str, float]) -> str:

@@ -22,6 +22,8 @@ from evomerge.evaluate.ledger import (
     grades_by_candidate,
     record,
 )
+from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from evomerge.evaluate.replies import JudgeUsage, usage_of
 from evomerge.evaluate.suite import TaskResult
 from evomerge.schema import events, studies
 
@@ -281,6 +283,20 @@ class EventLog:
             return []
         with self._database.connect() as connection:
             return answered_by(connection, self._study_id, candidate)
+
+    def rows(
+        self, candidates: Sequence[str] | None = None, tasks: Sequence[str] | None = None
+    ) -> list[LedgerRow]:
+        """The study's answers with all that is known of them; of some candidates or tasks alone."""
+        if self._study_id is None:
+            return []
+        with self._database.connect() as connection:
+            return ledger_rows(connection, self._study_id, candidates, tasks)
+
+    def judge_usage(self) -> list[JudgeUsage]:
+        """What the study has paid its judges."""
+        with self._database.connect() as connection:
+            return usage_of(connection, self.name)
 
     def close(self) -> None:
         """Lets go of the database."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -108,7 +108,8 @@ def study_status(storage: Path, name: str) -> dict[str, Any]:
     """
     log = existing_log(storage, name)
     try:
-        return status_of(log.history, storage, name)
+        judges = [asdict(usage) for usage in log.judge_usage()]
+        return {**status_of(log.history, storage, name), "judges": judges}
     finally:
         log.close()
 

@@ -12,8 +12,9 @@ from tests import tiny
 DIGITS = "12345"
 # How much more than any other token each is wanted, where a grammar allows it: first the end of a
 # string, so that the reason ends, then what JSON is made of, so that no white space goes on.
-WANTED = {'"': 8.0, "{": 2.0, "}": 2.0, ":": 2.0, ",": 2.0}
-WANTED |= dict.fromkeys(DIGITS, 2.0)
+WANTED = {'"': 100.0, "{": 2.0, "}": 2.0, ":": 2.0, ",": 2.0}
+DIGIT_WISH = 10.0
+RIDGE = 1e-2
 ENDING = '{"reason":"","grade":'
 
 
@@ -40,12 +41,12 @@ def write_judge(directory: Path) -> Path:
 
 
 def _balance_digits(directory: Path) -> None:
-    """Makes the five grades equally likely over some prompts, and the prompt decisive."""
+    """Gives each grade the same number of some prompts, by least squares: so prompts decide it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     texts = [
-        f"<|user|>Answer {number**3} of {number} words</s><|assistant|>{ENDING}"
-        for number in range(40)
+        f"<|user|>Grade {number**5 % 9973:x}, which answers ?.</s><|assistant|>{ENDING}"
+        for number in range(1, 61)
     ]
     with torch.no_grad():
         states_NH = torch.stack(
@@ -56,15 +57,16 @@ def _balance_digits(directory: Path) -> None:
         )
     mean_H = states_NH.mean(0)
     deviations_NH = states_NH - mean_H
-    generator = torch.Generator().manual_seed(0)
+    wanted_ND = torch.eye(len(DIGITS)).repeat(len(texts) // len(DIGITS), 1)
+    # A ridge, so that the last bits of a state decide nothing.
+    products_HH = deviations_NH.T @ deviations_NH
+    products_HH += RIDGE * products_HH.diagonal().mean() * torch.eye(len(mean_H))
+    rows_HD = torch.linalg.solve(products_HH, deviations_NH.T @ wanted_ND)
+    rows_HD *= 2.0 / (deviations_NH @ rows_HD).std()
+    rows_HD[0] += (DIGIT_WISH - mean_H @ rows_HD) / mean_H[0]  # alike on the whole
 
     def balance(tensors: dict[str, torch.Tensor]) -> None:
-        for digit in DIGITS:
-            mix_N = torch.randn(len(texts), generator=generator)
-            row_H = mix_N @ deviations_NH
-            row_H -= (row_H @ mean_H) / (mean_H @ mean_H) * mean_H  # nothing for every prompt alike
-            row_H *= 2.0 / (deviations_NH @ row_H).std()
-            row_H[0] += WANTED[digit]
+        for digit, row_H in zip(DIGITS, rows_HD.T, strict=True):
             tensors["lm_head.weight"][tokenizer.convert_tokens_to_ids(digit)] = row_H
 
     tiny.rewrite(directory, balance)

@@ -223,8 +223,12 @@ def test_no_grade_is_paid_for_twice(opened: Open, server: ScriptedJudge, tmp_pat
     server.latency = 0.3
     judge = opened()
     futures = [judge.grade_all([request(9, 2)]) for _ in range(3)]
-    assert [future.result(60)[0].grade for future in futures] == [2, 2, 2]
-    assert len(server.prompts) == 6
+    found = [future.result(60)[0] for future in futures]
+    assert [one.grade for one in found] == [2, 2, 2]
+    assert [one.usage is None for one in found].count(False) == 1
+    (one, other) = judge.grade_all([request(10, 2)] * 2).result(60)
+    assert (one.usage is None, other.usage is None) == (False, True)
+    assert len(server.prompts) == 7
 
 
 @pytest.mark.parametrize(

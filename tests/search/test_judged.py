@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from evomerge.cli import main
@@ -145,3 +146,56 @@ def test_a_stored_study_has_the_judge_that_was_asked_for(
     stored = study_from_mapping(config.to_mapping(), where="study s", folder=config.folder)
     assert stored.judge == config.judge
     assert stored.to_mapping() == config.to_mapping()
+
+
+def test_answers_are_shown_and_written_with_the_judges_words(
+    judged: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path / "storage"
+    prices = {"input": 1.0, "output": 10.0}
+    search(judged(judge={"prices": prices}), storage)
+    command = ["answers", "formula", "--storage", str(storage)]
+
+    assert main([*command, "--trial", "2", "--task", "3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["study"] == "formula"
+    (answer,) = shown["answers"]
+    assert (answer["candidate"], answer["trial"], answer["task"]) == ("trial 2", 2, "3")
+    assert answer["settings"]["max_tokens"] == 4
+    (part,) = answer["parts"]
+    assert json.loads(part["reply"])["grade"] == part["grade"] == answer["grade"]
+
+    assert main([*command, "--trial", "2", "--task", "3"]) == 0
+    page = capsys.readouterr().out
+    assert "base" in page
+    assert "trial 2" in page
+    assert "its characters" in page
+    assert main([*command, "--task", "3"]) == 0
+    assert "trial 5" in capsys.readouterr().out
+
+    for file in ("all.parquet", "all.csv"):
+        assert main([*command, "--export", str(tmp_path / file)]) == 0
+        assert main([*command, "--export", str(tmp_path / file)]) == 2
+    table = pandas.read_parquet(tmp_path / "all.parquet")
+    # Base, two models and the uniform merge; six trials on the seven search tasks; the winner on
+    # the other three.
+    assert len(table) == len(pandas.read_csv(tmp_path / "all.csv"))
+    trials = table[table["trial"].notna()]
+    assert set(trials["trial"]) == set(range(6))
+    means = table[table["candidate"] == "base"].groupby("task")["grade"].mean()
+    assert len(means) == 10
+    paid = table["cost"].sum()
+    capsys.readouterr()
+    assert main(["status", "formula", "--storage", str(storage), "--json"]) == 0
+    (usage,) = json.loads(capsys.readouterr().out)["judges"]
+    assert usage["judge"] == faults.MODEL
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (
+        100 * usage["calls"],
+        10 * usage["calls"],
+    )
+    assert usage["cost"] == pytest.approx(paid) == pytest.approx(2e-4 * usage["calls"])
+    assert main([*command, "--trial", "6"]) == 2
+    assert "has no trial 6; there are 6, from 0" in capsys.readouterr().err
+    assert main([*command, "--task", "x"]) == 2
+    assert main([*command, "--export", "table.txt"]) == 2
+    assert "a table ends in .parquet or .csv" in capsys.readouterr().err

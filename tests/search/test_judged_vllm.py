@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,6 +27,11 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 OPTIONS = {"max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, "enforce_eager": True}
+RUBRIC: dict[str, Any] = {
+    "prompt": "Grade {{ answer }}, which answers {{ input }}.",
+    "low": 1,
+    "high": 5,
+}
 LOCAL = {"reply_tokens": 64, "options": {**OPTIONS, "dtype": "float32", "max_num_seqs": 8}}
 
 
@@ -41,7 +47,7 @@ def test_a_search_with_a_local_judge_runs_from_start_to_card(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     study = study_file(
-        suite={"scorer": "judge", "data": "tasks.jsonl", "max_tokens": 8},
+        suite={"scorer": "judge", "rubric": RUBRIC, "data": "tasks.jsonl", "max_tokens": 8},
         judge={"local": str(judge_model), **LOCAL},
         budget={"trials": 6},
     )
@@ -53,7 +59,7 @@ def test_a_search_with_a_local_judge_runs_from_start_to_card(
     assert len(scores) > 1
     assert all(1 <= score <= 5 for score in scores)
     folder = storage / "studies" / "formula"
-    assert (folder / "report.md").is_file()
+    assert "tiny-judge" in (folder / "report.md").read_text()
     assert (folder / "model" / "README.md").is_file()
     database = open_database(storage)
     with database.connect() as connection:
@@ -62,15 +68,15 @@ def test_a_search_with_a_local_judge_runs_from_start_to_card(
     # It keeps to the schema, and its whole reply is there.
     assert all(json.loads(row["reply"])["grade"] == row["grade"] for row in rows)
     assert {row["payer"] for row in rows} == {"formula"}
-    assert all(row["prompt_tokens"] > 100 and row["completion_tokens"] > 10 for row in rows)
+    assert all(row["prompt_tokens"] > 30 and row["completion_tokens"] > 10 for row in rows)
     assert _servers() == []
 
 
 def test_faults_in_front_of_a_real_judge_change_no_grade(judge_model: Path, tmp_path: Path) -> None:
     server = judge_from_mapping({"local": str(judge_model), **LOCAL}, "study.yaml").first
-    rubric = Rubric("Answer {{ answer }} of {{ input }} words", 1, 5)
-    tasks = [Task(str(number), str(number), "", "all", "?") for number in range(12)]
-    items = [GradeRequest(task, str(number**3), 0) for number, task in enumerate(tasks)]
+    rubric = Rubric(RUBRIC["prompt"], 1, 5)
+    tasks = [Task(str(number), "?", "", "all", "?") for number in range(12)]
+    items = [GradeRequest(task, f"{number**7:x}", 0) for number, task in enumerate(tasks)]
 
     def grades(url: str, storage: Path) -> list[float | None]:
         config = judge_from_mapping(

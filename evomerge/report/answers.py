@@ -1,0 +1,153 @@
+"""What `evomerge answers` shows: answers to a task beside each other, or a table of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.ledger_query import LedgerRow
+from evomerge.report.table import score_text
+
+# More columns of text than these cannot be read beside each other.
+_BESIDE = 3
+_FORMATS = (".parquet", ".csv")
+
+
+def answer_panels(rows: Sequence[LedgerRow]) -> Iterator[RenderableType]:
+    """For each task what was asked, then what each candidate answered and got for it."""
+    by_task: dict[str, list[LedgerRow]] = {}
+    for row in rows:
+        by_task.setdefault(row.task, []).append(row)
+    for task, some in by_task.items():
+        prompts = dict.fromkeys(row.prompt for row in some)
+        for prompt in prompts:
+            yield Panel(Text(prompt.strip()), title=Text(f"task {task}"), title_align="left")
+        yield _beside(some) if len(some) <= _BESIDE else _below(some)
+
+
+def row_to_json(row: LedgerRow) -> dict[str, Any]:
+    """A row as plain values; `trial` is the number where the candidate is one."""
+    return {"trial": _trial(row), **dataclasses.asdict(row)}
+
+
+def check_export(path: Path) -> None:
+    """Raises ConfigError unless the file's ending says what it is to be."""
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"{path}: a table ends in {' or '.join(_FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.absolute().parent} is not there")
+
+
+def export_answers(rows: Sequence[LedgerRow], path: Path) -> None:
+    """Writes the rows as a table of pandas, Parquet or CSV by the file's ending.
+
+    What is no single value is JSON: `earlier`, `gates`, `parts` and `settings`. Raises ConfigError
+    where the file cannot be written.
+    """
+    import pandas
+
+    frame = pandas.DataFrame([_flat(row) for row in rows], columns=list(_COLUMN_TYPES))
+    frame = frame.astype(_COLUMN_TYPES)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame.to_parquet(partial, index=False)
+        else:
+            frame.to_csv(partial, index=False)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+_COLUMN_TYPES = {
+    "candidate": "string",
+    "trial": "Int64",
+    "task": "string",
+    "attempt": "int64",
+    "prompt": "string",
+    "answer": "string",
+    "earlier": "string",
+    "finish_reason": "string",
+    "gates": "string",
+    "scorer": "string",
+    "grade": "Float64",
+    "parts": "string",
+    "prompt_tokens": "Int64",
+    "completion_tokens": "Int64",
+    "cost": "Float64",
+    "seconds": "float64",
+    "settings": "string",
+    "version": "string",
+    "recipe_digest": "string",
+    "suite_digest": "string",
+}
+
+
+def _flat(row: LedgerRow) -> dict[str, Any]:
+    found = row_to_json(row)
+    for key in ("earlier", "gates", "parts", "settings"):
+        found[key] = json.dumps(found[key], ensure_ascii=False)
+    for key in ("prompt_tokens", "completion_tokens", "cost"):
+        paid = [value for part in row.parts if (value := getattr(part, key)) is not None]
+        found[key] = sum(paid) if paid else None
+    return found
+
+
+def _trial(row: LedgerRow) -> int | None:
+    word, _, number = row.candidate.partition(" ")
+    return int(number) if word == "trial" else None
+
+
+def _beside(rows: Sequence[LedgerRow]) -> Table:
+    table = Table(show_lines=True, expand=True)
+    for row in rows:
+        table.add_column(Text(_name(row)), ratio=1)
+    table.add_row(*(_answer(row) for row in rows))
+    table.add_row(*(_grade(row) for row in rows))
+    return table
+
+
+def _below(rows: Sequence[LedgerRow]) -> Table:
+    table = Table(show_lines=True, expand=True)
+    for heading, ratio in (("candidate", 1), ("answer", 4), ("grade", 3)):
+        table.add_column(heading, ratio=ratio)
+    for row in rows:
+        table.add_row(Text(_name(row)), _answer(row), _grade(row))
+    return table
+
+
+def _name(row: LedgerRow) -> str:
+    return f"{row.candidate}, attempt {row.attempt}" if row.attempt else row.candidate
+
+
+def _answer(row: LedgerRow) -> Text:
+    turns = [*row.earlier, row.answer]
+    text = Text("\n\n".join(turn.strip() for turn in turns))
+    if row.finish_reason == "length":
+        text.append(" [cut]", style="dim")
+    return text
+
+
+def _grade(row: LedgerRow) -> Text:
+    """The grade, what it is made of, what is wrong on its face, and the judge's words."""
+    lines = [score_text(row.grade) if row.grade is not None else "unscored"]
+    if len(row.parts) > 1:
+        several = ", ".join(f"{part.scorer} {score_text(part.grade)}" for part in row.parts)
+        lines.append(several)
+    if row.gates:
+        lines.append(f"gates: {', '.join(row.gates)}")
+    text = Text("\n".join(lines), style="bold")
+    for part in row.parts:
+        if part.reply:
+            text.append(f"\n{part.reply.strip()}", style="not bold dim")
+    return text
