@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import pandas
 import pytest
 
 from evomerge.cli import main
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, RunError
 from evomerge.search.evaluator import Evaluators
 from evomerge.search.loop import run_search
 from evomerge.search.resolve import resolve_study, what_changed
+from evomerge.search.status import study_status
 from evomerge.search.study import StudyConfig, study_from_mapping
 from tests.evaluate import judge_server as faults
 from tests.evaluate.judge_server import ScriptedJudge, scripted
@@ -199,3 +203,96 @@ def test_answers_are_shown_and_written_with_the_judges_words(
     assert main([*command, "--task", "x"]) == 2
     assert main([*command, "--export", "table.txt"]) == 2
     assert "a table ends in .parquet or .csv" in capsys.readouterr().err
+
+
+# Every answer to every task is a call of its own.
+EACH = {
+    **SUITE,
+    "rubric": {"prompt": "Task {{ id }}. # The answer to grade\n{{ answer }}", "low": 1, "high": 5},
+}
+
+
+def scores_of(status: dict[str, Any]) -> list[float | None]:
+    return [trial["score"] for trial in status["trials"]]
+
+
+@pytest.mark.slow
+def test_a_killed_search_repeats_no_call_but_those_in_flight(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    unbroken = search(judged(suite=EACH), tmp_path / "unbroken")
+    needed = len(server.prompts)
+    assert len(set(server.prompts)) == needed
+    server.prompts.clear()
+    server.latency = 0.05
+    config = judged(suite=EACH, judge={"concurrency": 4})
+    command = [sys.executable, "-m", "evomerge", "search", config.where]
+    command += ["--storage", str(tmp_path / "broken")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while len(server.prompts) < needed // 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    server.latency = 0.0
+    resumed = search(config, tmp_path / "broken")
+    assert scores_of(resumed) == scores_of(unbroken)
+    assert needed <= len(server.prompts) <= needed + 4
+    assert len(set(server.prompts)) == needed
+
+
+def test_a_judge_that_goes_away_stops_the_run_which_goes_on_when_it_is_back(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    unbroken = search(judged(suite=EACH), tmp_path / "unbroken")
+    needed = len(server.prompts)
+    server.prompts.clear()
+
+    def goes_away(prompt: str) -> str:
+        if len(server.prompts) == needed // 2:
+            server.faults = [faults.BROKEN] * 10_000
+        return grade_by_length(prompt)
+
+    server.reply = goes_away
+    config = judged(suite=EACH, judge={"patience": 0.3, "concurrency": 4})
+    with pytest.raises(RunError, match=r"could not be had for 0\.3 s: 500: out of order"):
+        search(config, tmp_path / "broken")
+    stopped = study_status(tmp_path / "broken", "formula")
+    assert stopped["state"] == "interrupted"
+    assert "could not be had" in stopped["stopped"]
+    done = scores_of(stopped)
+    assert None not in done  # nobody failed of it
+    assert done == scores_of(unbroken)[: len(done)]
+    server.faults, server.reply = [], grade_by_length
+    assert scores_of(search(config, tmp_path / "broken")) == scores_of(unbroken)
+    assert len(server.prompts) == len(set(server.prompts)) == needed
+
+
+def test_a_limit_of_the_cost_stops_the_run_which_goes_on_when_it_is_raised(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    limit = {"max_total_tokens": 3000, "concurrency": 2}  # 110 a call
+    with pytest.raises(RunError, match=r"max_total_tokens is 3000; raise it and resume"):
+        search(judged(suite=EACH, judge=limit), tmp_path / "storage")
+    assert 28 <= len(server.prompts) <= 29
+    status = search(judged(suite=EACH, judge={"max_total_tokens": 10**6}), tmp_path / "storage")
+    assert status["state"] == "finished"
+    assert len(server.prompts) == len(set(server.prompts))
+
+
+def test_a_candidate_whose_answers_get_no_grades_fails_alone(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    def dislikes_some(prompt: str) -> str:
+        answer = prompt.partition("# The answer to grade\n")[2].partition("\n\nEnd")[0]
+        return "Hm." if sum(map(ord, answer)) % 3 == 0 else grade_by_length(prompt)
+
+    server.reply = dislikes_some
+    status = search(judged(suite=EACH, budget={"trials": 12}), tmp_path / "storage")
+    failed = [trial for trial in status["trials"] if trial["state"] == "failed"]
+    assert 0 < len(failed) < 12
+    for trial in failed:
+        assert trial["reason"] == (
+            "7 of 7 answers could not be graded, 1 at most may be left out: "
+            "the judge's replies hold no grade"
+        )
+        assert trial["score"] is None
