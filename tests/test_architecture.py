@@ -65,7 +65,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {
         *("cli.py", "eval_commands.py", "report/comparison.py", "report/importance.py"),
         *("report/bar.py", "report/merge_display.py", "report/progress.py", "report/table.py"),
-        "report/side_by_side.py",
+        *("report/answers.py", "report/side_by_side.py"),
     },
     "sacrebleu": {"evaluate/scorers.py"},
     "safetensors": {"merge/checkpoint.py"},
