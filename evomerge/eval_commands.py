@@ -396,7 +396,7 @@ def eval_(
         except KeyboardInterrupt:
             say("interrupted; the same command goes on, and pays for nothing twice")
             raise typer.Exit(INTERRUPTED) from None
-    found = evaluation_json(suite, wanted, measured)
+    found = evaluation_json(suite, wanted, measured, judge)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:

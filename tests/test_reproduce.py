@@ -88,7 +88,7 @@ def test_the_published_mixture_in_one_file_scaled_down(here: Path, judge: Script
     assert ran.status == 0, ran.err
     found = json.loads(ran.out)
     name = "ELYZA-japanese-Llama-2-MoE-2x13B"
-    assert found["suite"] == "japanese-mt-bench"
+    assert (found["suite"], found["judge"]) == ("japanese-mt-bench", "scripted")
     instruct, mixture = found["models"]
     assert [instruct["model"], mixture["model"]] == ["instruct", name]
     assert (instruct["published"], mixture["published"]) == (4.925, 5.675)
@@ -233,3 +233,23 @@ def test_a_mistake_is_one_message_before_anything_is_built(
     assert all(word in ran.err for word in words), ran.err
     assert "Traceback" not in ran.err
     assert sorted(here.iterdir()) == before
+
+
+def test_the_real_questions_are_asked_of_both_models(here: Path, judge: ScriptedJudge) -> None:
+    for name in ("question_full.jsonl", "reference_answer_gpt-4.jsonl"):
+        real = shared_data(f"japanese_mt_bench/{name}")
+        (here / name).write_bytes(real.read_bytes())
+    text = (here / "moe.yaml").read_text("utf-8").replace("max_tokens: 4,", "max_tokens: 1,")
+    (here / "moe.yaml").write_text(text.replace("gguf: q8_0", "gguf: null"), "utf-8")
+    for folder in ("instruct", "plain"):  # the longest question is of 700 tokens of this tokenizer
+        tiny.edit_config(here / folder, max_position_embeddings=2048)
+    arguments = ("--data", "question_full.jsonl", "--engine", "transformers", "--json")
+    ran = run("reproduce", "moe.yaml", *arguments)
+    assert ran.status == 0, ran.err
+    instruct, mixture = json.loads(ran.out)["models"]
+    for row in (instruct, mixture):
+        assert (row["tasks"], row["unscored"]) == (80, 0)
+        assert sorted(row["categories"]) == sorted(CATEGORIES)
+        assert all(1 <= grade <= 10 for grade in row["categories"].values())
+    # With a right answer to compare with are math, reasoning and coding: 30 of the 80.
+    assert sum("参考解答" in prompt for prompt in set(judge.prompts)) >= 30

@@ -293,7 +293,7 @@ class Reproduction:
         return model
 
     def _document(self, suite: Suite, measured: Sequence[Measured]) -> dict[str, Any]:
-        document = evaluation_json(self.file.suite, suite, measured)
+        document = evaluation_json(self.file.suite, suite, measured, self.judge)
         for row in document["models"]:
             row["published"] = self.file.reproduce.published.get(row["model"])
         return document
@@ -304,7 +304,7 @@ class Reproduction:
         picture = ""
         for chart in charts[:1]:
             (model / chart.name).write_bytes(chart.read_bytes())
-            picture = f"\n![Mean grades by category]({chart.name})\n"
+            picture = _picture(chart)
         text = f"{card}\n## Evaluation\n\n{evaluation_text(document)}{picture}"
         write_whole(model / _CARD, text)
 
@@ -377,7 +377,8 @@ def evaluate_study(
     )
     suite = config.suite if isinstance(config.suite, str) else study.name
     which = "held out of the search" if study.holdout_tasks else "that the search saw, too"
-    document = evaluation_json(f"{suite}, {len(tasks)} tasks {which}", study.suite, measured)
+    title = f"{suite}, {len(tasks)} tasks {which}"
+    document = evaluation_json(title, study.suite, measured, config.judge)
     charts = write_evaluation(folder, document, study.name, say)
     if gguf is None:
         return Reproduced(model, None, folder / TABLE, charts, document)
@@ -402,19 +403,25 @@ def write_evaluation(
 ) -> tuple[Path, ...]:
     """The evaluation as JSON and Markdown in `folder`, and its charts, whose paths come back.
 
-    There are none where the suite has fewer than three categories, or a model failed.
+    There are none where fewer than three categories have grades.
     """
     write_whole(folder / EVALUATION, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    write_whole(folder / TABLE, f"# {title}\n\n{evaluation_text(document)}")
+    text = f"# {title}\n\n{evaluation_text(document)}"
     charts = tuple(folder / name for name in CHARTS)
     try:
         check_radar_categories(name for row in document["models"] for name in row["categories"])
     except ConfigError as error:
         say(f"no radar chart: {error}")
+        write_whole(folder / TABLE, text)
         return ()
     for note in draw_radar(evaluation_radar(document), charts, title=title):
         say(f"note: {note}")
+    write_whole(folder / TABLE, f"{text}{_picture(charts[0])}")
     return charts
+
+
+def _picture(chart: Path) -> str:
+    return f"\n![Mean grades by category]({chart.name})\n"
 
 
 def evaluation_text(document: Mapping[str, Any]) -> str:

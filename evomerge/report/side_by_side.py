@@ -14,7 +14,7 @@ from evomerge.report.table import score_text
 
 def evaluation_table(found: Mapping[str, Any]) -> Table:
     """The document of `eval --json` as a table: a row for each model."""
-    table = Table(title=f"Mean grade ({found['scorer']})", title_justify="left")
+    table = Table(title=f"Mean grade ({_graded_by(found)})", title_justify="left")
     for number, heading in enumerate(_headings(found)):
         table.add_column(heading, justify="right" if number else "left")
     for row in _rows(found):
@@ -49,7 +49,7 @@ def evaluation_markdown(found: Mapping[str, Any]) -> str:
         )
         by_category = f"\n{_markdown(['model', *categories], rows)}"
     notes = "".join(f"\n* {note}" for note in evaluation_notes(found))
-    return f"Suite: {found['suite']} ({found['scorer']})\n\n{scores}{by_category}" + (
+    return f"Suite: {found['suite']} ({_graded_by(found)})\n\n{scores}{by_category}" + (
         f"{notes}\n" if notes else ""
     )
 
@@ -101,6 +101,10 @@ def check_radar_categories(categories: Iterable[str]) -> None:
             f"--radar: needs tasks of 3 categories or more; the suite's are {', '.join(names)} "
             "(its key `category` names the column that has them)"
         )
+
+
+def _graded_by(found: Mapping[str, Any]) -> str:
+    return str(found["scorer"]) + (f": {found['judge']}" if found["judge"] else "")
 
 
 def _headings(found: Mapping[str, Any]) -> list[str]:

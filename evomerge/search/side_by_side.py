@@ -20,7 +20,7 @@ from evomerge.engine.base import Engine
 from evomerge.engine.live_models import LiveModels, LiveSettings
 from evomerge.errors import CandidateError
 from evomerge.evaluate.evaluation import Evaluation
-from evomerge.evaluate.graders import open_graders
+from evomerge.evaluate.graders import needs_judge, open_graders
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
@@ -260,12 +260,16 @@ def by_category(measured: Measured, suite: Suite) -> dict[str, tuple[TaskResult,
     return {name: tuple(results) for name, results in found.items()}
 
 
-def evaluation_json(name: str, suite: Suite, all_measured: Sequence[Measured]) -> dict[str, Any]:
+def evaluation_json(
+    name: str, suite: Suite, all_measured: Sequence[Measured], judge: JudgeConfig | None
+) -> dict[str, Any]:
     """The document of `evomerge eval --json`; scores in the suite's own range."""
+    judges = judge.servers if judge is not None and needs_judge(suite) else ()
     first = all_measured[0]
     return {
         "suite": name,
         "scorer": suite.scorer_name,
+        "judge": ", ".join(server.name for server in judges) or None,
         "models": [_model_json(one, first, suite) for one in all_measured],
     }
 
