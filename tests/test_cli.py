@@ -23,7 +23,8 @@ from evomerge.cli import main, parse_size
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
 from evomerge.recipe import read_recipe
-from evomerge.search.log import EventLog, opened, stopped
+from evomerge.search.events import opened, stopped
+from evomerge.search.log import EventLog
 from tests import tiny
 
 STUDY: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_a_search_ends_with_a_table_of_all_models_and_the_files(finished: Finish
 
 def test_a_search_tells_one_line_per_trial_on_stderr(finished: Finished) -> None:
     told = [line.partition(" |")[0] for line in finished.ran.err.splitlines()]
-    assert [line for line in told if line.startswith("trial") and "held-out" not in line] == [
+    assert [line for line in told if line.startswith("trial") and "," not in line] == [
         f"trial {number} gen 0" for number in range(4)
     ]
 
@@ -303,7 +304,12 @@ def test_the_status_says_why_a_study_stopped(finished: Finished, tmp_path: Path)
     shutil.copytree(finished.storage, storage)
     log = EventLog(open_database(storage), "tiny")
     log.append(
-        opened(trials=8, asked_trials=4, process="1 on a", engine_start=0.0),
+        opened(
+            budget={"trials": 8, "task_evaluations": None},
+            asked_budget={"trials": 4, "task_evaluations": None},
+            process="1 on a",
+            engine_start=0.0,
+        ),
         stopped("the engine did not start again", []),
     )
     log.close()

@@ -120,6 +120,22 @@ def grades_by_candidate(
     return found
 
 
+def all_grades(
+    connection: sql.Connection, study_id: int
+) -> list[tuple[str, int, dict[str, float | None]]]:
+    """(candidate, attempt, task -> grade) of everything that a study asked, in that order."""
+    query = (
+        sql.select(answers.c.candidate, answers.c.attempt, answers.c.task, grades.c.grade)
+        .join(grades, grades.c.answer_id == answers.c.id)
+        .where(answers.c.study_id == study_id, grades.c.total)
+        .order_by(answers.c.id)
+    )
+    found: dict[tuple[str, int], dict[str, float | None]] = {}
+    for candidate, attempt, task, grade in connection.execute(query):
+        found.setdefault((candidate, attempt), {})[task] = grade
+    return [(candidate, attempt, tasks) for (candidate, attempt), tasks in found.items()]
+
+
 @dataclass(frozen=True)
 class Answered:
     """One answer of a candidate, as far as comparisons need it; `grade` None: unscored."""

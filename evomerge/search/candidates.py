@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.recipe import Recipe, recipe_from_mapping
-from evomerge.search.log import trial_label
+from evomerge.search.history import History, trial_label
 from evomerge.space import GenomeConfig, SearchSpace, SpaceConfig
 
 BASE = "base"
 UNIFORM = "uniform"
+_MODEL = "model "
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Candidate:
 
 def model_label(index: int) -> str:
     """The candidate name of the study's model number `index`."""
-    return f"model {index}"
+    return f"{_MODEL}{index}"
+
+
+def uniform_label(scale: float) -> str:
+    """The candidate name of the uniform merge whose weights are all `scale`."""
+    return f"{UNIFORM} {scale:g}"
 
 
 def baselines(space: SearchSpace) -> tuple[Candidate, ...]:
@@ -51,14 +57,26 @@ def _plain(model: str, whole: Mapping[str, object]) -> Recipe:
     return recipe_from_mapping(mapping, model)
 
 
-def candidate_of(
-    space: SearchSpace, genomes: Mapping[int, tuple[float, ...]], label: str
-) -> Candidate:
+def candidate_of(space: SearchSpace, history: History, label: str) -> Candidate:
     """The candidate of this name. Raises KeyError where there is none."""
-    for number, genome in genomes.items():
-        if label == trial_label(number):
-            return Candidate(label, space.decode(genome))
-    return {candidate.label: candidate for candidate in baselines(space)}[label]
+    if label in (BASE, UNIFORM) or label.startswith(_MODEL):
+        return {candidate.label: candidate for candidate in baselines(space)}[label]
+    return Candidate(label, space.decode(genome_of(history, label)))
+
+
+def genome_of(history: History, label: str) -> tuple[float, ...]:
+    """The genome of a trial, or of a candidate with a name. Raises KeyError where there is none."""
+    if label in history.named:
+        return history.named[label]
+    return history.genomes[trial_number(label)]
+
+
+def trial_number(label: str) -> int:
+    """The number of the trial of this name; KeyError for another candidate's."""
+    kind, _, number = label.partition(" ")
+    if kind != trial_label(0).partition(" ")[0] or not number.isdecimal():
+        raise KeyError(label)
+    return int(number)
 
 
 def recipe_digest(recipe: Recipe) -> str:

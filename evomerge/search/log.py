@@ -9,225 +9,48 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Protocol
 
 import sqlalchemy as sql
 
 from evomerge.database import Database, stops_the_run
 from evomerge.evaluate.ledger import (
     Answered,
-    UnitKey,
+    all_grades,
     answered_by,
     grades_by_candidate,
     record,
 )
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.replies import JudgeUsage, usage_of
-from evomerge.evaluate.suite import TaskResult
 from evomerge.schema import events, studies
+from evomerge.search.events import Event
+from evomerge.search.history import History, Measurement, Part, Payload, trial_label
 
-Part: TypeAlias = Literal["search", "holdout"]
-Payload: TypeAlias = Mapping[str, Any]
-
-
-def trial_label(number: int) -> str:
-    """The candidate name of a trial in log and ledger."""
-    return f"trial {number}"
+__all__ = ["Event", "EventLog", "History", "Measurement", "Part", "Payload", "trial_label"]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """The scored tasks of one candidate.
+class Log(Protocol):
+    """Where the events of a search go; `history` is always what has been written so far."""
 
-    `cut` answers ended at max_tokens; `unscored` ones have no grade and are not in `score`.
-    `seconds` says where the time went since the measurement before: keys of `timing.KINDS`.
-    """
+    @property
+    def history(self) -> History:
+        """What the events add up to."""
 
-    score: float
-    tasks: int
-    unscored: int
-    cut: int
-    recipe_digest: str
-    seconds: Mapping[str, float]
+    def append(self, *new: Event) -> None:
+        """Writes events, all or none."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """One event as it is to be written; `once` names what may happen only once in a study.
+class MemoryLog:
+    """A log that ends with its process."""
 
-    `unit` and `results` are the answers that belong to it, for the ledger.
-    """
+    def __init__(self) -> None:
+        self.history = History()
 
-    kind: str
-    payload: Payload
-    once: str | None = None
-    unit: UnitKey | None = None
-    results: Sequence[TaskResult] = ()
-
-
-def begun(payload: Payload) -> Event:
-    """The study as it was asked and resolved: all that a later run needs to be the same."""
-    return Event("begun", payload, once="begun")
-
-
-def opened(*, trials: int, asked_trials: int, process: str, engine_start: float) -> Event:
-    """A process took the study up, for `trials` in total; the study's file said `asked_trials`.
-
-    `engine_start` are the seconds until the engine could take a candidate.
-    """
-    payload = {"trials": trials, "asked_trials": asked_trials, "process": process}
-    return Event("opened", {**payload, "engine_start": round(engine_start, 3)})
-
-
-def generation(block: int, genomes: Mapping[int, Sequence[float]]) -> list[Event]:
-    """A generation's proposals, exactly as drawn: number -> genome. Belongs in one transaction."""
-    head = Event(
-        "generation",
-        {"block": block, "numbers": list(genomes), "tasks": None},
-        once=f"generation {block}",
-    )
-    proposals = [
-        Event(
-            "proposed",
-            {"number": number, "block": block, "genome": [float(gene) for gene in genome]},
-            once=f"proposed {number}",
-        )
-        for number, genome in genomes.items()
-    ]
-    return [head, *proposals]
-
-
-def scored(
-    part: Part, measurement: Measurement, unit: UnitKey, results: Sequence[TaskResult]
-) -> Event:
-    """A unit was measured: its score, and in the ledger every answer and grade."""
-    payload = {
-        "candidate": unit.candidate,
-        "part": part,
-        "attempt": unit.attempt,
-        "score": measurement.score,
-        "tasks": measurement.tasks,
-        "unscored": measurement.unscored,
-        "cut": measurement.cut,
-        "recipe_digest": measurement.recipe_digest,
-        "seconds": dict(measurement.seconds),
-    }
-    once = f"scored {unit.candidate} {part} {unit.attempt}"
-    return Event("scored", payload, once, unit, results)
-
-
-def failed(
-    candidate: str,
-    part: Part,
-    reason: str,
-    seconds: Mapping[str, float],
-    engine_died: bool = False,
-) -> Event:
-    """A candidate could not be scored, for a reason of its own, or killed the engine twice."""
-    payload = {"candidate": candidate, "part": part, "reason": reason, "seconds": dict(seconds)}
-    return Event("failed", {**payload, "engine_died": engine_died})
-
-
-def told(block: int, values: Sequence[tuple[int, float]]) -> Event:
-    """What the sampler learns of a generation: (number, value), higher is better."""
-    return Event(
-        "told", {"block": block, "values": [list(pair) for pair in values]}, once=f"told {block}"
-    )
-
-
-def stopped(reason: str, void: Sequence[tuple[str, Part]]) -> Event:
-    """The run stopped for a reason not a candidate's own; the failures in `void` do not count."""
-    return Event("stopped", {"reason": reason, "void": [list(key) for key in void]})
-
-
-def finished(winner: Payload, trials: int, seconds: Mapping[str, float]) -> Event:
-    """The budget of `trials` is spent and the winner chosen."""
-    return Event("finished", {"winner": winner, "trials": trials, "seconds": dict(seconds)})
-
-
-@dataclass
-class History:
-    """What the events of a study add up to. Keys of scores and failures: (candidate, part)."""
-
-    begun: Payload | None = None
-    opened: Payload | None = None
-    finished: Payload | None = None
-    stopped: str | None = None
-    generations: dict[int, list[int]] = field(default_factory=dict)
-    genomes: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    scores: dict[tuple[str, Part], Measurement] = field(default_factory=dict)
-    failures: dict[tuple[str, Part], str] = field(default_factory=dict)
-    told: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    # Who killed the engine since the last score, in order.
-    engine_deaths: list[tuple[str, Part]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def apply(self, kind: str, payload: Payload) -> None:
-        """Takes one more event into account; kinds of a later version's making are passed over."""
-        change = getattr(self, f"_on_{kind}", None)
-        if change is not None:
-            change(payload)
-
-    def is_done(self, candidate: str, part: Part) -> bool:
-        """Whether there is a score, or a failure that counts."""
-        return (candidate, part) in self.scores or (candidate, part) in self.failures
-
-    def score(self, candidate: str, part: Part = "search") -> float | None:
-        """The score of a candidate; None where it has none."""
-        measurement = self.scores.get((candidate, part))
-        return None if measurement is None else measurement.score
-
-    def _on_begun(self, payload: Payload) -> None:
-        self.begun = payload
-
-    def _on_opened(self, payload: Payload) -> None:
-        self.opened, self.finished, self.stopped = payload, None, None
-        self._spend({"engine": payload["engine_start"]})
-
-    def _on_generation(self, payload: Payload) -> None:
-        self.generations[payload["block"]] = list(payload["numbers"])
-
-    def _on_proposed(self, payload: Payload) -> None:
-        self.genomes[payload["number"]] = tuple(payload["genome"])
-
-    def _on_scored(self, payload: Payload) -> None:
-        key = (payload["candidate"], payload["part"])
-        self.scores[key] = Measurement(
-            score=payload["score"],
-            tasks=payload["tasks"],
-            unscored=payload["unscored"],
-            cut=payload["cut"],
-            recipe_digest=payload["recipe_digest"],
-            seconds=payload["seconds"],
-        )
-        self.failures.pop(key, None)
-        self.engine_deaths.clear()
-        self._spend(payload["seconds"])
-
-    def _on_failed(self, payload: Payload) -> None:
-        key = (payload["candidate"], payload["part"])
-        self.failures[key] = payload["reason"]
-        if payload.get("engine_died"):
-            self.engine_deaths.append(key)
-        self._spend(payload["seconds"])
-
-    def _on_told(self, payload: Payload) -> None:
-        self.told[payload["block"]] = [(number, value) for number, value in payload["values"]]
-
-    def _on_stopped(self, payload: Payload) -> None:
-        self.stopped = payload["reason"]
-        for candidate, part in payload["void"]:
-            self.failures.pop((candidate, part), None)
-        self.engine_deaths.clear()
-
-    def _on_finished(self, payload: Payload) -> None:
-        self.finished = payload
-        self._spend(payload["seconds"])
-
-    def _spend(self, seconds: Mapping[str, float]) -> None:
-        for kind, spent in seconds.items():
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + spent
+    def append(self, *new: Event) -> None:
+        """Takes the events into account."""
+        for event in new:
+            _note(self.history, event, event.payload)
 
 
 class EventLog:
@@ -260,7 +83,7 @@ class EventLog:
         self._study_id = study_id
         for event in new:
             # Through JSON, so that a run goes on from exactly what a resumed one reads.
-            self.history.apply(event.kind, json.loads(_to_json(event.payload)))
+            _note(self.history, event, json.loads(_to_json(event.payload)))
 
     def grades(self, candidates: Sequence[str]) -> Mapping[str, dict[str, float | None]]:
         """candidate -> task -> grade, of these candidates, as far as the search may know them.
@@ -308,6 +131,8 @@ class EventLog:
             .where(events.c.study_id == study_id)
             .order_by(events.c.id)
         )
+        for candidate, attempt, grades in all_grades(connection, study_id):
+            self.history.note_grades(candidate, attempt, grades)
         for kind, payload in connection.execute(query):
             self.history.apply(kind, json.loads(payload))
 
@@ -339,6 +164,13 @@ def begun_with(log: EventLog) -> Payload:
     """What the study of a log that exists began with."""
     assert log.history.begun is not None, f"study {log.name} has not begun"
     return log.history.begun
+
+
+def _note(history: History, event: Event, payload: Payload) -> None:
+    if event.unit is not None:
+        grades = {result.task_id: result.grade for result in event.results}
+        history.note_grades(event.unit.candidate, event.unit.attempt, grades)
+    history.apply(event.kind, payload)
 
 
 def _key(result: sql.CursorResult[Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
+from evomerge.search import defaults
 from evomerge.search.names import COURSE, SamplerName, resolved_sampler
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace, SpaceConfig
 
 Result = TypeVar("Result")
 
+# What the first version of the course had no choice of.
+_LATER_KEYS = ("tasks_per_candidate", "sweep", "smoothing", "futility_stop", "selection")
 # These cannot change an answer: where the weights come in, and how much memory may be taken.
 _HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "cpu_offload_gb")
 
@@ -61,6 +65,15 @@ class ResolvedStudy:
     def population(self) -> int:
         """The candidates of a generation."""
         return self.config.sampler.population_for(self.space.dimension)
+
+    @property
+    def tasks_per_candidate(self) -> int:
+        """How many of the search tasks the candidates of a generation answer."""
+        asked, tasks = self.config.tasks_per_candidate, len(self.search_tasks)
+        if asked is None:
+            return defaults.tasks_per_candidate(tasks)
+        number = math.ceil(asked * tasks) if asked <= 1 else int(asked)
+        return min(tasks, max(2, number))
 
     @property
     def directory(self) -> Path:
@@ -115,15 +128,6 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
         ),
         course=course,
     )
-
-
-def check_budget(config: StudyConfig, population: int, trials: int) -> None:
-    """Raises ConfigError where `trials` do not allow one generation."""
-    if trials < population:
-        raise ConfigError(
-            f"{config.where}: budget.trials: {trials} is less than one generation of {population}; "
-            f"at least {population} are needed, or a smaller sampler.population"
-        )
 
 
 def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -201,6 +205,10 @@ def _fingerprint(
 ) -> dict[str, str]:
     """Everything that decides a search, by the name a user knows it under; defaults filled in."""
     mapping = config.to_mapping()
+    if course == 0:
+        for later in _LATER_KEYS:
+            if getattr(config, later) == StudyConfig.model_fields[later].default:
+                mapping.pop(later, None)
     for other in ("study", "budget", "storage", "suite", "judge"):
         mapping.pop(other, None)
     for option in _HARMLESS_OPTIONS:

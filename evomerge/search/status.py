@@ -9,79 +9,94 @@ from typing import Any, Literal, TypeAlias
 
 from evomerge.errors import ConfigError
 from evomerge.recipe import Recipe
+from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.candidates import (
     BASE,
     UNIFORM,
     candidate_of,
     model_label,
     space_from_mapping,
+    trial_number,
 )
-from evomerge.search.log import EventLog, History, Part, begun_with, trial_label
+from evomerge.search.history import History, Part, trial_label
+from evomerge.search.log import EventLog, begun_with
 from evomerge.search.storage import is_held, open_log, stored_names
 from evomerge.search.study import StudyConfig, study_directory, study_from_mapping
 
-Source: TypeAlias = Literal["trial", "mean", "model", "uniform"]
+# peak: where a Gaussian process over all candidates is highest.
+Source: TypeAlias = Literal["trial", "mean", "peak", "model", "uniform"]
 BEST_FILE = "best_config.yaml"
 
 
 @dataclass(frozen=True)
 class Best:
-    """A candidate that leads: where it comes from, a trial's number, its score on search tasks."""
+    """A candidate that leads: where it comes from, a trial's number, its score on search tasks.
+
+    The score is adjusted where candidates see different tasks.
+    """
 
     source: Source
     number: int | None
     label: str
-    score: float
+    score: float | None
 
 
 def best_trial(history: History) -> Best | None:
-    """The trial with the highest score, the earliest of equals; None before the first score."""
-    scored = [
-        (measurement.score, -number, number)
-        for number in history.genomes
-        if (measurement := history.scores.get((trial_label(number), "search")))
-    ]
-    if not scored:
-        return None
-    score, _, number = max(scored)
-    return Best("trial", number, trial_label(number), score)
+    """The trial with the highest adjusted score, the earliest of equals; None before the first.
 
-
-def choose_winner(history: History) -> Best | None:
-    """The best of trials, uniform merge and models on the search tasks; a trial wins a tie.
-
-    The base is a baseline, not a candidate. None where nothing has a score.
+    Trials that were stopped before the end of their tasks are left out.
     """
-    labels: list[tuple[Source, str]] = [("uniform", UNIFORM)]
-    labels += [("model", model_label(index)) for index in range(_model_count(history))]
-    others = [
-        Best(source, None, label, score)
-        for source, label in labels
-        if (score := history.score(label)) is not None
+    scores = adjusted_trials(history, _search_tasks(history))
+    whole = [
+        (score, -number) for number, score in scores.items() if not _is_stopped(history, number)
     ]
-    trial = best_trial(history)
-    return max([trial, *others] if trial else others, key=lambda best: best.score, default=None)
+    if not whole:
+        return None
+    score, negative = max(whole)
+    return Best("trial", -negative, trial_label(-negative), score)
+
+
+def winner_of(history: History) -> Best | None:
+    """The winner of a finished study, with its score on the search tasks; None before the end."""
+    if history.finished is None:
+        return None
+    payload = history.finished["winner"]
+    label = payload["candidate"]
+    score = history.greedy_score(label, _search_tasks(history))
+    summary = history.finished.get("summary") or {}
+    if score is None and summary.get("fresh"):
+        score = summary["fresh"]["score"]
+    return Best(payload["source"], payload["number"], label, score)
 
 
 def best_so_far(history: History) -> Best | None:
     """The winner of a finished study, else the best trial."""
-    if history.finished is None:
-        return best_trial(history)
-    return choose_winner(history)
+    return best_trial(history) if history.finished is None else winner_of(history)
+
+
+def describe(history: History, label: str) -> dict[str, Any]:
+    """Where the candidate of this name comes from, for the log: source, number, candidate."""
+    kind = label.partition(" ")[0]
+    sources: dict[str, Source] = {"trial": "trial", "model": "model", UNIFORM: "uniform"}
+    source = sources.get(kind, "peak" if kind == "peak" else "mean")
+    number = trial_number(label) if source == "trial" else None
+    return {"source": source, "number": number, "candidate": label}
 
 
 def outcome_of(history: History) -> dict[str, Any] | None:
     """The scores of baselines and winner on search and held-out tasks; None before the end.
 
-    A score that could not be had is None; "holdout" is None where no tasks were held out.
+    A score that could not be had is None; "holdout" is None where no tasks were held out. What
+    follows from them (`summary.summary_of`) stands beside them.
     """
-    winner = choose_winner(history)
+    winner = winner_of(history)
     if history.finished is None or history.begun is None or winner is None:
         return None
-    held_out = bool(history.begun["holdout_tasks"])
+    held_out = history.begun["holdout_tasks"]
     return {
-        "search": _scores(history, winner, "search"),
-        "holdout": _scores(history, winner, "holdout") if held_out else None,
+        "search": _scores(history, winner, _search_tasks(history)),
+        "holdout": _scores(history, winner, held_out) if held_out else None,
+        **(history.finished.get("summary") or {}),
     }
 
 
@@ -94,10 +109,11 @@ def study_state(history: History, running: bool) -> str:
 
 def trials_of(history: History) -> list[dict[str, Any]]:
     """Every trial that has come to an end, by number, as plain values."""
+    adjusted = adjusted_trials(history, _search_tasks(history))
     return [
         trial
         for number in sorted(history.genomes)
-        if (trial := _trial(history, number)) is not None
+        if (trial := _trial(history, number, adjusted.get(number))) is not None
     ]
 
 
@@ -132,7 +148,11 @@ def status_of(history: History, storage: Path, name: str) -> dict[str, Any]:
             "config": str(directory / BEST_FILE),
         },
         "outcome": outcome_of(history),
-        "budget": {"trials": opened.get("trials")},
+        "budget": {
+            "trials": opened.get("trials"),
+            "task_evaluations": opened.get("task_evaluations"),
+            "spent": history.spent,
+        },
         "seconds": {kind: round(spent, 3) for kind, spent in history.seconds.items()},
         "stopped": history.stopped,
     }
@@ -181,7 +201,7 @@ def trial_recipe(storage: Path, name: str, number: int | None = None) -> Recipe:
         return space.decode(history.genomes[number])
     if best is None:
         raise ConfigError(f"study {name} has no scored trial yet")
-    return candidate_of(space, history.genomes, best.label).recipe
+    return candidate_of(space, history, best.label).recipe
 
 
 def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> StudyConfig:
@@ -190,7 +210,12 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
     log.close()
     begun, opened = begun_with(log), log.history.opened or {}
     asked = dict(begun["study"])
-    asked["budget"] = {"trials": opened.get("asked_trials", asked["budget"]["trials"])}
+    budget = {
+        "trials": opened.get("asked_trials"),
+        "task_evaluations": opened.get("asked_task_evaluations"),
+    }
+    if any(budget.values()):
+        asked["budget"] = {key: value for key, value in budget.items() if value is not None}
     return study_from_mapping(
         asked, where=f"study {name}", folder=Path(begun["folder"]), trust_code=trust_code
     )
@@ -209,35 +234,55 @@ def _known(storage: Path) -> str:
     return f"there are {', '.join(names)}" if names else "there are none"
 
 
-def _trial(history: History, number: int) -> dict[str, Any] | None:
+def _trial(history: History, number: int, adjusted: float | None) -> dict[str, Any] | None:
     key: tuple[str, Part] = (trial_label(number), "search")
     measurement = history.scores.get(key)
     if measurement is None and key not in history.failures:
         return None
+    stop = history.futile.get(key[0])
+    state = "failed" if key in history.failures else "stopped" if stop else "complete"
     return {
         "number": number,
-        "state": "complete" if measurement else "failed",
+        "state": state,
         "genome": list(history.genomes[number]),
         "tasks": measurement.tasks if measurement else 0,
-        "score": measurement.score if measurement else None,
-        # All candidates see the same tasks: there is no difficulty to take off.
-        "adjusted": measurement.score if measurement else None,
-        "reason": None if measurement else history.failures[key],
+        "score": history.score(key[0]),
+        "adjusted": adjusted,
+        "reason": history.failures.get(key) or (stop and stop["reason"]),
         "seconds": dict(measurement.seconds) if measurement else {},
     }
 
 
-def _model_count(history: History) -> int:
-    return len(history.begun["study"]["models"]) if history.begun else 0
+def _is_stopped(history: History, number: int) -> bool:
+    return trial_label(number) in history.futile
 
 
-def _scores(history: History, winner: Best, part: Part) -> dict[str, Any]:
-    models: Sequence[str] = history.begun["study"]["models"] if history.begun else ()
-    return {
-        "base": history.score(BASE, part),
-        "uniform": history.score(UNIFORM, part),
-        "evolved": history.score(winner.label, part),
+def _search_tasks(history: History) -> Sequence[str]:
+    return history.begun["search_tasks"] if history.begun else ()
+
+
+def _scores(history: History, winner: Best, tasks: Sequence[str]) -> dict[str, Any]:
+    begun = history.begun
+    assert begun is not None, "a finished study has begun"
+    scores: dict[str, Any] = {
+        "base": history.greedy_score(BASE, tasks),
+        "uniform": history.greedy_score(UNIFORM, tasks),
+        "evolved": history.greedy_score(winner.label, tasks),
         "models": {
-            name: history.score(model_label(index), part) for index, name in enumerate(models)
+            name: history.greedy_score(model_label(index), tasks)
+            for index, name in enumerate(begun["study"]["models"])
         },
     }
+    best = history.start["candidate"] if history.start else None
+    if best is not None:
+        scores["uniform_best"] = {
+            "scale": _scale(history, best),
+            "score": history.greedy_score(best, tasks),
+        }
+    return scores
+
+
+def _scale(history: History, label: str) -> float:
+    """The weights of a uniform merge."""
+    models = len(history.begun["study"]["models"]) if history.begun else 1
+    return 1 / models if label == UNIFORM else float(label.removeprefix(f"{UNIFORM} "))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from evomerge.search.log import Part
+from evomerge.search.history import Part
+
+_PARTS: Mapping[Part, str] = {
+    "search": "",
+    "selection": ", measured afresh",
+    "table": ", remaining tasks",
+    "holdout": ", held-out tasks",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Started:
     genes: int
     search_tasks: int
     holdout_tasks: int
+    tasks_per_candidate: int
 
     @property
     def line(self) -> str:
@@ -27,8 +35,14 @@ class Started:
         goes_on = f"goes on at trial {self.done} of" if self.done else "begins:"
         return (
             f"study {self.study} {goes_on} {self.total} trials, generations of {self.population}, "
-            f"{self.genes} genes, {self.search_tasks} tasks + {self.holdout_tasks} held out"
+            f"{self.genes} genes, {self._tasks} + {self.holdout_tasks} held out"
         )
+
+    @property
+    def _tasks(self) -> str:
+        if self.tasks_per_candidate == self.search_tasks:
+            return f"{self.search_tasks} tasks"
+        return f"{self.tasks_per_candidate} of {self.search_tasks} tasks at a time"
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,7 @@ class Measured:
     def line(self) -> str:
         """The event as one line of the run's story."""
         name = self.title if self.generation is None else f"{self.title} gen {self.generation}"
-        if self.part == "holdout":
-            name += ", held-out tasks"
+        name += _PARTS[self.part]
         ended = f"failed: {self.reason}" if self.score is None else f"score {self.score:.4g}"
         parts = [name, *self._work(), ended]
         if self.best_score is not None and self.number is not None:
@@ -88,3 +101,4 @@ class Said:
 
 
 Story: TypeAlias = Started | Measured | Said
+Report: TypeAlias = Callable[[Story], None]

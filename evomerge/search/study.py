@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, Panel, Prices
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.resources import locate
+from evomerge.search import defaults
 from evomerge.search.names import SamplerName
 from evomerge.space import SPACE_KEYS, Bounds, GenomeConfig, SpaceConfig, StackConfig
 from evomerge.strict_yaml import load_yaml
@@ -42,31 +42,45 @@ class _Strict(BaseModel):
 class SamplerConfig(_Strict):
     """The `sampler:` of a study; `sigma0` is in the weights' own units.
 
-    `name` "auto" is xnes. `population` None: twice the textbook size, 2 · (4 + ⌊3 ln d⌋) for
-    d genes.
+    `name` "auto" is xnes; `population` None is `defaults.population`.
     """
 
     name: SamplerName = "auto"
-    sigma0: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    sigma0: Annotated[float, Field(gt=0, allow_inf_nan=False)] = defaults.SIGMA0
     population: Annotated[int, Field(ge=4)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def population_for(self, dimension: int) -> int:
         """How many candidates a generation has in a space of `dimension` genes."""
-        return self.population or 2 * (4 + math.floor(3 * math.log(dimension)))
+        return self.population or defaults.population(dimension)
 
 
 class BudgetConfig(_Strict):
-    """The `budget:` of a study: a total, of the sampler's candidates."""
+    """The `budget:` of a study, a total: of the sampler's candidates, or of tasks answered.
 
-    trials: Annotated[int, Field(ge=1)]
+    `task_evaluations` counts everything that is paid: start, search, selection, held-out tasks.
+    """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _is_counted_in_trials(cls, budget: object) -> object:
-        if isinstance(budget, Mapping) and "task_evaluations" in budget:
-            raise ValueError("task_evaluations is not supported yet; write {trials: N}")
-        return budget
+    trials: Annotated[int, Field(ge=1)] | None = None
+    task_evaluations: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_total(self) -> BudgetConfig:
+        if (self.trials is None) == (self.task_evaluations is None):
+            raise ValueError("is either {trials: N} or {task_evaluations: N}")
+        return self
+
+
+class SelectionConfig(_Strict):
+    """The `selection:` of a study: how often those who may win are measured afresh at the end.
+
+    0: not at all; then the best observed wins, whose score flatters it.
+    """
+
+    attempts: Annotated[int, Field(ge=0, le=100)] = 3
+
+
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 # Strict, so that a quoted number or `true` is not taken for a number.
@@ -159,7 +173,10 @@ class StudyConfig(_Strict):
     """A study file, or what was asked when a study began.
 
     `genome`, that of a mergekit-evolve file (or such a file's path), stands for `base_model`,
-    `models` and `search_space`: the first two then repeat what it says.
+    `models` and `search_space`: the first two then repeat what it says. `tasks_per_candidate` is a
+    share of the search tasks up to 1, a number of tasks above; None: as `defaults` has it. `sweep`:
+    the scales of the uniform merges that the search starts from the best of; True: the usual ones,
+    False: none. `smoothing` and `futility_stop` can be switched off.
     """
 
     study: str
@@ -175,6 +192,11 @@ class StudyConfig(_Strict):
         Discriminator(_suite_form),
     ]
     judge: JudgeConfig | None = None
+    tasks_per_candidate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    sweep: bool | tuple[_Scale, ...] = True
+    smoothing: bool = True
+    futility_stop: bool = True
+    selection: SelectionConfig = SelectionConfig()
     engine: EngineSettings = Field(default_factory=EngineSettings)
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     storage: StorageConfig = StorageConfig()
@@ -217,6 +239,13 @@ class StudyConfig(_Strict):
     @classmethod
     def _may_be_absent(cls, holdout: object) -> object:
         return 0.0 if holdout is None else holdout
+
+    @field_validator("tasks_per_candidate")
+    @classmethod
+    def _is_a_share_or_a_number(cls, tasks: float | None) -> float | None:
+        if tasks is not None and tasks > 1 and (tasks < 2 or tasks != int(tasks)):
+            raise ValueError(f"{tasks:g} is neither a share up to 1 nor a number of tasks from 2")
+        return tasks
 
     @field_validator("models")
     @classmethod
@@ -427,6 +456,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "genome": tuple(GenomeConfig.model_fields),
     "sampler": tuple(SamplerConfig.model_fields),
     "budget": tuple(BudgetConfig.model_fields),
+    "selection": tuple(SelectionConfig.model_fields),
     "suite": tuple(SuiteConfig.model_fields),
     "judge": tuple(JudgeConfig.model_fields),
     "others": tuple(JudgeServer.model_fields),

@@ -41,6 +41,8 @@ def study_file(models: Path, tmp_path: Path) -> Callable[..., Path]:
             "suite": {"scorer": "exact", "data": "tasks.jsonl"},
             "engine": {"name": "transformers"},
             "holdout": 0.3,
+            "sweep": False,
+            "selection": {"attempts": 0},
         }
         path = tmp_path / name
         path.write_text(yaml.safe_dump({**study, **changes}))

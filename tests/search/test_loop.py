@@ -218,7 +218,8 @@ def test_a_study_that_changed_is_refused_with_what_changed(study: Study, storage
 def test_a_failed_candidate_is_told_as_the_worst_of_its_generation(
     study: Study, storage: Path
 ) -> None:
-    outcome = run_search(study(), storage=storage, open_evaluator=opener(fails=broken_above(0.6)))
+    broken = opener(fails=broken_above(0.6))
+    outcome = run_search(study(smoothing=False), storage=storage, open_evaluator=broken)
     trials = outcome.status["trials"]
     failed = [trial["number"] for trial in trials if trial["state"] == "failed"]
     assert 2 < len(failed) < 20
@@ -412,7 +413,8 @@ def test_a_model_or_the_uniform_merge_can_win_but_a_trial_wins_a_tie(
 
 
 def test_without_a_holdout_the_outcome_has_none(study: Study, storage: Path) -> None:
-    outcome = run_search(study(holdout=0), storage=storage, open_evaluator=opener(), trials=6)
+    asked = study(holdout=0, tasks_per_candidate=1.0)
+    outcome = run_search(asked, storage=storage, open_evaluator=opener(), trials=6)
     assert outcome.status["outcome"]["holdout"] is None
     assert outcome.status["trials"][0]["tasks"] == 10
 

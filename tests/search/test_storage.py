@@ -22,7 +22,7 @@ from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.task import ScorerGrade, TaskResult, Usage
 from evomerge.schema import answers, events, grades
-from evomerge.search import log as event
+from evomerge.search import events as event
 from evomerge.search.log import EventLog, Measurement
 from evomerge.search.loop import run_search
 from evomerge.search.status import list_studies, study_status, trial_recipe
@@ -189,12 +189,13 @@ def test_floats_come_back_bit_by_bit(log: EventLog, tmp_path: Path) -> None:
 
 def test_the_history_while_writing_is_the_one_that_is_read(log: EventLog, tmp_path: Path) -> None:
     log.append(event.begun({"study": {"models": ["m"]}, "tasks": ("a", "b")}))
-    log.append(event.opened(trials=9, asked_trials=8, process="1", engine_start=0.5))
+    budget, asked = ({"trials": trials, "task_evaluations": None} for trials in (9, 8))
+    log.append(event.opened(budget=budget, asked_budget=asked, process="1", engine_start=0.5))
     log.append(*event.generation(0, {0: [0.5], 1: [0.25]}))
     log.append(scored("trial 0", [result("a")]))
     log.append(event.failed("trial 1", "search", "NaN", {"switch": 0.25}))
     log.append(event.stopped("full", [("trial 1", "search")]))
-    log.append(event.finished({"source": "trial", "number": 0}, 9, {"log": 0.125}))
+    log.append(event.finished({"source": "trial", "number": 0}, budget, {"log": 0.125}, None))
     assert reopened(log, tmp_path).history == log.history
     assert log.history.seconds == {"engine": 0.5, "generate": 0.1, "switch": 0.25, "log": 0.125}
 

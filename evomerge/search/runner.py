@@ -1,0 +1,292 @@
+"""One process's run of a study: its course, driven with an engine."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NoReturn
+
+from evomerge.errors import CandidateError, RunError
+from evomerge.evaluate.ledger import UnitKey, mean_grade
+from evomerge.evaluate.task import TaskResult
+from evomerge.recipe import Recipe
+from evomerge.search import events
+from evomerge.search.adjusted import adjusted_trials
+from evomerge.search.bench import Bench, EngineKilledError
+from evomerge.search.candidates import (
+    candidate_of,
+    model_label,
+    recipe_digest,
+    trial_number,
+)
+from evomerge.search.course import Course, GiveUp, Measure, Unit, Write
+from evomerge.search.events import Event
+from evomerge.search.history import Grades, History, Measurement, Part, told_numbers, trial_label
+from evomerge.search.log import EventLog
+from evomerge.search.mirror import Mirror, MirroredSpace, MirroredTrial
+from evomerge.search.resolve import ResolvedStudy
+from evomerge.search.status import BEST_FILE, Best, best_trial
+from evomerge.search.storage import write_whole
+from evomerge.search.story import Measured, Report, Said
+from evomerge.search.timing import Stopwatch
+
+# Candidates that follow each other and all kill the engine do not: something else does.
+_DEATHS_IN_A_ROW = 3
+# Units whose answers are there and whose grades are not: what a kill loses is answered again.
+_MOST_PENDING = 4
+_MIRROR_FILE = "optuna.journal"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A unit on its way: the recipe it is of, and the results to come (or why there are none)."""
+
+    unit: Unit
+    recipe: Recipe | None
+    results: Future[list[TaskResult]]
+
+
+class Runner:
+    """Drives a course: measures what it asks for, writes what it says."""
+
+    def __init__(
+        self,
+        study: ResolvedStudy,
+        course: Course,
+        log: EventLog,
+        *,
+        bench: Bench,
+        report: Report,
+        total: int,
+    ) -> None:
+        """`total` is the number of trials that the budget allows, for displays."""
+        self._study = study
+        self._course = course
+        self._log = log
+        self._bench = bench
+        self._watch = Stopwatch()
+        self._report = report
+        self._total = total
+        self._best: Best | None = None
+        bench.watched_by(self._watch)
+
+    @property
+    def _history(self) -> History:
+        return self._log.history
+
+    def run(self) -> dict[str, float]:
+        """The course to its end; the seconds since the last event."""
+        self._look_for_the_best()
+        with self._mirror().running() as mirror:
+            mirror.catch_up(self._mirrored(told_numbers(self._history)))
+            while True:
+                with self._watch.measure("ask"):
+                    step = self._course.next()
+                if step is None:
+                    return self._watch.take()
+                if isinstance(step, GiveUp):
+                    self._stop(step.reason, step.failures)
+                elif isinstance(step, Write):
+                    self._write(step, mirror)
+                else:
+                    self._measure_all(step)
+
+    def _write(self, step: Write, mirror: Mirror) -> None:
+        with self._watch.measure("log"):
+            self._log.append(*step.events)
+        for event in step.events:
+            if event.kind == "futile":
+                self._report(Said(f"{event.payload['candidate']} {event.payload['reason']}"))
+            if event.kind == "told":
+                mirror.add(self._mirrored([number for number, _ in event.payload["values"]]))
+                self._look_for_the_best()
+
+    def _measure_all(self, step: Measure) -> None:
+        """Begins one unit after the other; results are taken in this order, when they are there.
+
+        So the engine goes on while a judge still grades.
+        """
+        pending: deque[_Begun] = deque()
+        for unit in step.units:
+            while pending and (pending[0].results.done() or len(pending) >= _MOST_PENDING):
+                self._take(pending.popleft())
+            pending.append(self._begin(unit))
+        while pending:
+            self._take(pending.popleft())
+
+    def _begin(self, unit: Unit) -> _Begun:
+        recipe: Recipe | None = None
+        try:
+            recipe = candidate_of(self._study.space, self._history, unit.label).recipe
+            return _Begun(unit, recipe, self._bench.begin(recipe, unit.tasks, unit.attempt))
+        except (CandidateError, RunError) as error:
+            # What came before it is taken first.
+            failed: Future[list[TaskResult]] = Future()
+            failed.set_exception(error)
+            return _Begun(unit, recipe, failed)
+
+    def _take(self, begun: _Begun) -> None:
+        unit = begun.unit
+        try:
+            results = begun.results.result()
+            assert begun.recipe is not None, "a unit that was answered has a recipe"
+            event = self._success(unit, begun.recipe, results)
+        except CandidateError as error:
+            killed = isinstance(error, EngineKilledError)
+            seconds = self._watch.take()
+            event = events.failed(unit.label, unit.part, str(error), seconds, killed)
+        except RunError as error:
+            self._stop(str(error), [])
+        self._log_end(event)
+        self._notice(unit)
+        self._report(self._story(unit))
+
+    def _success(self, unit: Unit, recipe: Recipe, results: Sequence[TaskResult]) -> Event:
+        """The event of a whole unit. Raises CandidateError where no answer could be graded."""
+        assert tuple(result.task_id for result in results) == unit.tasks
+        score = mean_grade(results)
+        if score is None:
+            raise CandidateError(f"none of its {len(results)} answers could be graded")
+        digest = recipe_digest(recipe)
+        suite = self._study.suite
+        measurement = Measurement(
+            score=score,
+            tasks=len(results),
+            unscored=sum(result.grade is None for result in results),
+            cut=sum(result.finish_reason == "length" for result in results),
+            recipe_digest=digest,
+            seconds=self._watch.take(),
+        )
+        key = UnitKey(unit.label, unit.attempt, digest, suite.digest, suite.scorer_name)
+        return events.scored(unit.part, measurement, key, results, unit.answered)
+
+    def _log_end(self, event: Event) -> None:
+        """Logs a unit's end; where one more candidate in a row killed the engine, the run's, too.
+
+        Whatever else a candidate fails of is its own, however many fail alike: a linear merge whose
+        weights sum to 0 would fail at every resume.
+        """
+        killers = self._killers_with(event)
+        if len(killers) < _DEATHS_IN_A_ROW:
+            with self._watch.measure("log"):
+                self._log.append(event)
+            return
+        reason = f"{len(killers)} candidates in a row failed alike: {event.payload['reason']}"
+        self._stop(reason, killers, event)
+
+    def _killers_with(self, event: Event) -> list[tuple[str, Part]]:
+        """Who killed the engine since the last score, if `event` says so of one more; else none."""
+        if not event.payload.get("engine_died"):
+            return []
+        return [*self._history.engine_deaths, (event.payload["candidate"], event.payload["part"])]
+
+    def _stop(self, reason: str, failures: Sequence[tuple[str, Part]], *last: Event) -> NoReturn:
+        """Ends the run; `failures` are not the candidates' own and will be tried again.
+
+        But for those of a generation that is told already: they stay what the sampler knows.
+        """
+        told = {(trial_label(number), "search") for number in told_numbers(self._history)}
+        void = [key for key in failures if key not in told]
+        self._log.append(*last, events.stopped(reason, void))
+        raise RunError(
+            f"study {self._study.name} stopped: {reason}; what failed so was not told to the "
+            "sampler and is tried again when the study is resumed, once the cause is gone"
+        ) from None
+
+    def _notice(self, unit: Unit) -> None:
+        """Keeps the best trial so far up to date, as far as that is cheap.
+
+        A candidate of other tasks than the best is compared when its generation is told.
+        """
+        score = self._history.score(unit.label)
+        if unit.number is None or score is None or len(unit.tasks) < len(self._study.search_tasks):
+            return
+        if score > _height(self._best):
+            self._best = Best("trial", unit.number, unit.label, score)
+            self._write_best()
+
+    def _look_for_the_best(self) -> None:
+        before, self._best = self._best, best_trial(self._history)
+        if self._best != before:
+            self._write_best()
+
+    def _write_best(self) -> None:
+        if self._best is not None:
+            with self._watch.measure("log"):
+                recipe = candidate_of(self._study.space, self._history, self._best.label).recipe
+                write_whole(self._study.directory / BEST_FILE, recipe.to_yaml())
+
+    def _mirror(self) -> Mirror:
+        space = self._study.space
+        return Mirror(
+            self._study.directory / _MIRROR_FILE,
+            self._study.name,
+            MirroredSpace(space.genes, space.low.tolist(), space.high.tolist()),
+            self._mirrored_grades,
+            lambda line: self._report(Said(line)),
+        )
+
+    def _mirrored_grades(self, labels: Sequence[str]) -> Mapping[str, Grades]:
+        """candidate -> task -> grade of trials, on the tasks of their generations alone."""
+        found = {}
+        for label in labels:
+            asked = self._history.tasks[trial_number(label) // self._study.population]
+            row = self._history.grades.get((label, 0), {})
+            tasks = [task.id for task in self._study.search_tasks] if asked is None else asked
+            found[label] = {task: row[task] for task in tasks if task in row}
+        return found
+
+    def _mirrored(self, numbers: Sequence[int]) -> list[MirroredTrial]:
+        history, space = self._history, self._study.space
+        scores = adjusted_trials(history, [task.id for task in self._study.search_tasks])
+        found = []
+        for number in numbers:
+            genome, label = history.genomes[number], trial_label(number)
+            stop = history.futile.get(label)
+            trial = MirroredTrial(
+                number=number,
+                label=label,
+                generation=number // self._study.population,
+                clipped=space.clip(genome).tolist(),
+                genome=genome,
+                score=scores.get(number),
+                reason=history.failures.get((label, "search"), stop["reason"] if stop else None),
+                stopped=stop is not None,
+            )
+            found.append(trial)
+        return found
+
+    def _title(self, label: str) -> str:
+        """A candidate's name for readers: a model's is as the study writes it."""
+        models = self._study.config.models
+        return {model_label(index): model for index, model in enumerate(models)}.get(label, label)
+
+    def _story(self, unit: Unit) -> Measured:
+        key = (unit.label, unit.part)
+        measurement = self._history.scores.get(key)
+        best = self._best
+        return Measured(
+            candidate=unit.label,
+            title=self._title(unit.label),
+            part=unit.part,
+            number=unit.number,
+            generation=unit.block,
+            score=self._history.score(*key),
+            reason=self._history.failures.get(key),
+            tasks=measurement.tasks if measurement else 0,
+            unscored=measurement.unscored if measurement else 0,
+            cut=measurement.cut if measurement else 0,
+            max_tokens=self._study.suite.config.max_tokens,
+            seconds=measurement.seconds if measurement else {},
+            best_score=best.score if best else None,
+            best_number=best.number if best else None,
+            done=self._history.trials_measured(),
+            total=self._total,
+        )
+
+
+def _height(best: Best | None) -> float:
+    return -math.inf if best is None or best.score is None else best.score
