@@ -25,6 +25,7 @@ from evomerge.space import SearchSpace, SpaceConfig
 
 Result = TypeVar("Result")
 
+_SIGMA0_AT_FIRST = 0.25
 # What the first version of the course had no choice of.
 _LATER_KEYS = ("tasks_per_candidate", "sweep", "smoothing", "futility_stop", "selection")
 # These cannot change an answer: where the weights come in, and how much memory may be taken.
@@ -60,6 +61,11 @@ class ResolvedStudy:
     def sampler(self) -> SamplerName:
         """The sampler that proposes."""
         return resolved_sampler(self.config.sampler.name, self.course)
+
+    @property
+    def sigma0(self) -> float:
+        """The sampler's first step."""
+        return _sigma0(self.config, self.course)
 
     @property
     def population(self) -> int:
@@ -217,6 +223,7 @@ def _fingerprint(
     if isinstance(space.config, SpaceConfig):
         mapping["search_space"] = space.config.to_fingerprint()
     mapping["sampler"]["name"] = resolved_sampler(config.sampler.name, course)
+    mapping["sampler"]["sigma0"] = _sigma0(config, course)
     mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))
     parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]
@@ -226,6 +233,12 @@ def _fingerprint(
     for name, source in zip(names, sources, strict=True):
         parts[f"{name} (its files)"] = hashlib.sha256(source.encode()).hexdigest()[:16]
     return parts
+
+
+def _sigma0(config: StudyConfig, course: int) -> float:
+    """As asked, else the default of this version of the course."""
+    asked = "sigma0" in config.sampler.model_fields_set
+    return config.sampler.sigma0 if asked or course else _SIGMA0_AT_FIRST
 
 
 def engine_name(asked: str) -> str:

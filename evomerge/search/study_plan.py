@@ -26,7 +26,7 @@ def plan_of(study: ResolvedStudy) -> Plan:
     return Plan(
         sampler=study.sampler,
         start=space.start,
-        sigma0=config.sampler.sigma0,
+        sigma0=study.sigma0,
         population=study.population,
         seed=config.sampler.seed,
         scaling=Scaling(space.steps, space.logarithmic),

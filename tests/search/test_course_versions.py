@@ -19,6 +19,7 @@ from tests.search.formula import opener
 Study = Callable[..., StudyConfig]
 POPULATION = {"population": 6, "seed": 3}
 # As the first version searched: what a study file of its time says nothing of.
+OLD_SIGMA0 = 0.25
 PLAIN = {"smoothing": False, "futility_stop": False, "sweep": False, "selection": {"attempts": 0}}
 SILENT = {"sweep": True, "selection": {"attempts": 3}}
 
@@ -64,7 +65,7 @@ def test_auto_is_xnes_and_differs_from_cma_es(study: Study, tmp_path: Path) -> N
 
 
 def test_auto_goes_on_as_cma_es_where_an_older_version_began(study: Study, tmp_path: Path) -> None:
-    cma_es = study(**PLAIN, sampler={**POPULATION, "name": "cma-es"})
+    cma_es = study(**PLAIN, sampler={**POPULATION, "name": "cma-es", "sigma0": OLD_SIGMA0})
     auto = study(**SILENT)
     genomes(tmp_path / "old", cma_es, 12)
     make_old(tmp_path / "old")
@@ -73,7 +74,9 @@ def test_auto_goes_on_as_cma_es_where_an_older_version_began(study: Study, tmp_p
 
 
 def test_an_older_study_is_not_continued_with_another_sampler(study: Study, tmp_path: Path) -> None:
-    genomes(tmp_path, study(**PLAIN, sampler={**POPULATION, "name": "cma-es"}), 12)
+    genomes(
+        tmp_path, study(**PLAIN, sampler={**POPULATION, "name": "cma-es", "sigma0": OLD_SIGMA0}), 12
+    )
     make_old(tmp_path)
     with pytest.raises(ConfigError, match=r"sampler\.name: was cma-es, is xnes"):
         genomes(tmp_path, study(**SILENT, sampler={**POPULATION, "name": "xnes"}), 18)

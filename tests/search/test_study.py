@@ -15,6 +15,7 @@ import yaml
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.search.resolve import resolve_study, what_changed
+from evomerge.search.defaults import SIGMA0
 from evomerge.search.study import EngineOptions, StudyConfig, read_study, study_from_mapping
 
 MINIMAL = {
@@ -46,7 +47,7 @@ def test_a_minimal_study_has_the_defaults_of_the_design(tmp_path: Path) -> None:
     }
     assert study.sampler.model_dump() == {
         "name": "auto",
-        "sigma0": 0.25,
+        "sigma0": SIGMA0,
         "population": None,
         "seed": 0,
     }
