@@ -17,15 +17,19 @@ import pytest
 
 from evomerge.cli import main
 from evomerge.errors import ConfigError, RunError
-from evomerge.evaluate.task import TaskResult
+from evomerge.evaluate.graders import check_graders
+from evomerge.evaluate.suite import load_suite
+from evomerge.evaluate.suite_config import SuiteConfig
+from evomerge.evaluate.task import GradeRequest, TaskResult
 from evomerge.recipe import Recipe
 from evomerge.search.evaluator import EngineEvaluator, Evaluators, TimeSplit
 from evomerge.search.loop import run_search
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
 from evomerge.search.status import study_status
-from evomerge.search.study import StudyConfig, study_from_mapping
+from evomerge.search.study import StudyConfig, read_study, study_from_mapping
 from tests.evaluate import judge_server as faults
 from tests.evaluate.judge_server import ScriptedJudge, scripted
+from tests.shared_data import shared_data
 
 SUITE = {"scorer": "judge", "data": "tasks.jsonl", "max_tokens": 4}
 
@@ -329,3 +333,22 @@ def test_the_engine_goes_on_while_the_judge_still_grades(
     assert outcome.status["state"] == "finished"
     # Candidates began while calls for the ones before were on their way.
     assert sum(calls > 0 for calls in on_their_way) >= 3
+
+
+def test_the_preset_for_llm_jp_names_the_tasks_of_elyza_and_their_judge() -> None:
+    study = read_study("llm-jp-3-13b-task-arithmetic")
+    assert study.judge is not None
+    assert (study.judge.name, study.judge.host) == ("gpt-4.1", "api.openai.com")
+    assert isinstance(study.suite, SuiteConfig)
+    assert study.suite.rubric is not None
+    assert "{{ eval_aspect }}" in study.suite.rubric.prompt
+
+
+def test_the_presets_judge_is_told_what_each_task_of_elyza_is_about() -> None:
+    study = read_study("llm-jp-3-13b-task-arithmetic")
+    suite = load_suite(study.suite, study.folder, data=shared_data("elyza_tasks_100.csv"))
+    check_graders(suite, study.judge)
+    assert len(suite.tasks) == 100
+    assert suite.rubric is not None
+    asked = suite.rubric.question(GradeRequest(suite.tasks[0], "はい", 0))
+    assert suite.tasks[0].fields["eval_aspect"] in asked
