@@ -139,8 +139,13 @@ def merged_tensors(
 
     Raises CandidateError where a number of the output is NaN or infinite.
     """
+    from evomerge.merge.vocabulary import AlignedRows
+
     for entry in plan.entries:
-        inputs = plan.read_inputs(entry, checkpoints)
+        inputs = [
+            one.whole() if isinstance(one, AlignedRows) else one
+            for one in plan.read_inputs(entry, checkpoints)
+        ]
         out = torch.empty(entry.shape, dtype=entry.dtype.torch)
         merge_entry(out, entry, inputs)
         if has_overflow(out):

@@ -96,13 +96,14 @@ class MergePlan:
     def read_inputs(self, entry: PlanEntry, checkpoints: Mapping[str, Checkpoint]) -> list[Tensor]:
         """The tensors that go into `entry`, all of its shape; they must not be written to.
 
-        They are mapped from their files, but for those of models whose tokens are others: copies.
+        They are mapped from their files; those of models whose tokens are others are no tensors
+        but `AlignedRows`, which do as such where only ranges of them are read.
         """
         tensors = [checkpoints[source.model].read(source.name) for source in entry.inputs]
         if self.vocabulary is None or not self.makes_inputs(entry):
             return tensors
         models = [source.model for source in entry.inputs]
-        return self.vocabulary.align(models, tensors, entry.dtype.torch)
+        return cast("list[Tensor]", self.vocabulary.aligned(models, tensors, entry.dtype.torch))
 
     def makes_inputs(self, entry: PlanEntry) -> bool:
         """Whether `entry` is made of other tensors than those in the files."""

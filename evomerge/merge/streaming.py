@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import CandidateError
 from evomerge.merge.blends import Blend, Pieces, Recall
@@ -110,12 +110,18 @@ def _headers(entry: PlanEntry, checkpoints: Mapping[str, Checkpoint]) -> list[Te
     return [checkpoints[source.model].tensors[source.name] for source in entry.inputs]
 
 
+class _Line(Protocol):
+    """A flattened tensor, or what gives ranges of itself as one does."""
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class _Blended:
-    """A blend, and where its inputs are: in files, or at hand."""
+    """A blend, and where its inputs are: in files, or made for it (one line of numbers each)."""
 
     blend: Blend
-    inputs: tuple[TensorHeader | memoryview, ...]
+    inputs: tuple[TensorHeader | _Line, ...]
     dtypes: tuple[DType, ...]
 
 
@@ -210,9 +216,9 @@ class _Worker:
             return _cut(entry, ready, ready.step)
         if not self.plan.makes_inputs(entry):
             return _cut(entry, _Blended(ready, tuple(headers), dtypes), 1)
-        at_hand = tuple(bytes_of(tensor.contiguous()) for tensor in tensors)
+        lines = tuple(tensor.reshape(-1) for tensor in tensors)
         dtypes = tuple(dtype_of(tensor.dtype) for tensor in tensors)
-        return _cut(entry, _Blended(ready, at_hand, dtypes), 1)
+        return _cut(entry, _Blended(ready, lines, dtypes), 1)
 
     def _recall(self, entry: PlanEntry) -> Recall:
         from evomerge.merge.recall import Statistics
@@ -244,8 +250,8 @@ class _Worker:
         """Computes a piece of a blend into `out`; whether all numbers of it are finite."""
         pieces = []
         for slot, (source, its) in enumerate(zip(blended.inputs, blended.dtypes, strict=True)):
-            if isinstance(source, memoryview):
-                pieces.append(source[start * its.itemsize : stop * its.itemsize])
+            if not isinstance(source, TensorHeader):
+                pieces.append(bytes_of(source[start:stop]))
                 continue
             piece = self._reused(f"input {slot}", (stop - start) * its.itemsize)
             self.files.read(source, start, piece)

@@ -11,7 +11,9 @@ survives the merge.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
@@ -39,7 +41,10 @@ from evomerge.recipe import ModelToken, Recipe, TokenChoice
 _ID_KEY = re.compile(r".*_token_ids?|.*_token_index|(begin_)?suppress_tokens|bad_words_ids")
 _LAYERED_KEY = "vocab_size_per_layer_input"
 _MISSING = -1
-_ROWS_AT_ONCE = 4096  # bounds the float32 numbers that means take beside the embeddings
+_ROWS_AT_ONCE = 4096  # bounds the numbers that means and copies take beside the embeddings
+_BLOCK = (
+    1 << 18
+)  # elements that are made at a time, as a merge asks for them one range after another
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,9 @@ class Vocabulary:
                     f"go into {tensor}; these do: {', '.join(models)}"
                 )
 
-    def align(
+    def aligned(
         self, models: Sequence[str], tensors: Sequence[Tensor], dtype: torch.dtype
-    ) -> list[Tensor]:
+    ) -> list[Tensor | AlignedRows]:
         """The embeddings of `models` as they enter the merge: (rows, …) to (R, …), one for each.
 
         A row that a model lacks is the only one there is, the base model's, the plain mean of
@@ -106,12 +111,25 @@ class Vocabulary:
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), dtype)
         self._check_rows(models, tensors)
         rows_MV = torch.stack([self.rows[model] for model in models])
-        shared_V = self._replaced(rows_MV)
-        shared_rows = self._shared(shared_V.nonzero()[:, 0], rows_MV, models, tensors, dtype)
-        return [
-            self._aligned(rows_V, shared_V, shared_rows, tensor, dtype)
-            for rows_V, tensor in zip(rows_MV, tensors, strict=True)
-        ]
+        forced_V = torch.zeros(len(self.tokens), dtype=torch.bool)
+        forced_V[[index for index, choice in self._choices.items() if choice.force]] = True
+        shared = _SharedRows(rows_MV, *self._origins(rows_MV, models), tensors, dtype)
+        found: list[Tensor | AlignedRows] = []
+        for rows_V, tensor in zip(rows_MV, tensors, strict=True):
+            own_V = (rows_V != _MISSING) & ~forced_V
+            if own_V.all() and torch.equal(rows_V, torch.arange(self.size)):
+                found.append(tensor[: self.size])
+            else:
+                one = AlignedRows(
+                    self.size,
+                    is_token=self._is_token,
+                    own_V=own_V,
+                    rows_V=rows_V,
+                    tensor=tensor,
+                    shared=shared,
+                )
+                found.append(one)
+        return found
 
     def _check_rows(self, models: Sequence[str], tensors: Sequence[Tensor]) -> None:
         for model, tensor in zip(models, tensors, strict=True):
@@ -126,88 +144,22 @@ class Vocabulary:
     def _is_token(self) -> Tensor:
         return torch.tensor([token is not None for token in self.tokens])
 
-    def _replaced(self, rows_MV: Tensor) -> Tensor:
-        """Which tokens (V) have a row of all models' in common, at least where one lacks it."""
-        shared_V = (rows_MV == _MISSING).any(0) & self._is_token
-        forced = [index for index, choice in self._choices.items() if choice.force]
-        shared_V[forced] = True
-        return shared_V
-
-    def _shared(
-        self,
-        ids: Tensor,
-        rows_MV: Tensor,
-        models: Sequence[str],
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The common rows (len(ids), …) of the tokens `ids`."""
-        out = torch.zeros((len(ids), *tensors[0].shape[1:]), dtype=dtype)
-        owner, row, is_mean = self._origins(ids, rows_MV, models)
-        for index, tensor in enumerate(tensors):
-            mine = owner == index
-            out[mine] = tensor[row[mine]].to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        for places in _parts(is_mean):
-            total = torch.zeros((len(places), *out.shape[1:]), dtype=wide)
-            for rows_V, tensor in zip(rows_MV, tensors, strict=True):
-                has = rows_V[ids[places]] != _MISSING
-                total[has] += tensor[rows_V[ids[places]][has]].to(wide)
-            counts = (rows_MV[:, ids[places]] != _MISSING).sum(0)
-            out[places] = (total / counts.reshape(-1, *[1] * (out.dim() - 1))).to(dtype)
-        return out
-
-    def _origins(
-        self, ids: Tensor, rows_MV: Tensor, models: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per token of `ids`: a model's index (-1: none) and its row, or that it is a mean."""
-        has_MV = rows_MV[:, ids] != _MISSING
+    def _origins(self, rows_MV: Tensor, models: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each token's common row: a model's index (-1: none), its row there, or a mean (V)."""
+        has_MV = rows_MV != _MISSING
         counts = has_MV.sum(0)
         owner = torch.where(counts == 1, has_MV.int().argmax(0), _MISSING)
         if self._base in models:
             index = models.index(self._base)
             owner[(counts > 1) & has_MV[index]] = index
         is_mean = (counts > 1) & (owner == _MISSING)
-        row = torch.where(owner >= 0, rows_MV[owner.clamp(min=0), ids], _MISSING)
+        row = rows_MV.gather(0, owner.clamp(min=0)[None])[0]
         for token, choice in self._choices.items():
-            place = ids == token
             model, chosen = choice.row or (None, _MISSING)
-            is_mean[place] = False
-            owner[place] = models.index(model) if model is not None else _MISSING
-            row[place] = chosen
+            is_mean[token] = False
+            owner[token] = models.index(model) if model is not None else _MISSING
+            row[token] = chosen
         return owner, row, is_mean
-
-    def _aligned(
-        self,
-        rows_V: Tensor,
-        shared_V: Tensor,
-        shared_rows: Tensor,
-        tensor: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        forced_V = torch.zeros_like(shared_V)
-        forced_V[[index for index, choice in self._choices.items() if choice.force]] = True
-        own_V = (rows_V != _MISSING) & ~forced_V
-        if own_V.all() and torch.equal(rows_V, torch.arange(self.size)):
-            return tensor[: self.size]
-        out = torch.empty((self.size, *tensor.shape[1:]), dtype=dtype)
-        for ids in _parts(own_V):
-            out[ids] = tensor[rows_V[ids]].to(dtype)
-        out[(shared_V & ~own_V).nonzero()[:, 0]] = shared_rows[~own_V[shared_V]]
-        self._fill_padding(out)
-        return out
-
-    def _fill_padding(self, out: Tensor) -> None:
-        """Writes the mean of the tokens' rows into all other rows."""
-        count = int(self._is_token.sum())
-        if count == self.size:
-            return
-        total = torch.zeros(out.shape[1:], dtype=torch.float64)
-        for ids in _parts(self._is_token):
-            total += out[ids].sum(0, dtype=torch.promote_types(out.dtype, torch.float32))
-        is_padding = torch.ones(self.size, dtype=torch.bool)
-        is_padding[: len(self.tokens)] = ~self._is_token
-        out[is_padding] = (total / count).to(out.dtype)
 
     def configured(self, content: Mapping[str, Any], donor: str) -> dict[str, Any]:
         """`donor`'s config (or generation config) with this vocabulary's size and token ids.
@@ -216,7 +168,7 @@ class Vocabulary:
         None where it has none. (mergekit leaves the ids as they are.)
         """
         old = self.rows[donor]
-        new_ids = {int(row): index for index, row in enumerate(old) if row != _MISSING}
+        new_ids = {row: index for index, row in enumerate(old.tolist()) if row != _MISSING}
         sizes = {content.get("vocab_size"), self._old_sizes[donor]}
         return {
             key: self._configured_value(key, value, new_ids, sizes)
@@ -238,9 +190,131 @@ class Vocabulary:
         return value
 
 
-def _parts(mask: Tensor) -> Sequence[Tensor]:
-    """The places where `mask` is true, some thousands at once."""
-    return torch.split(mask.nonzero()[:, 0], _ROWS_AT_ONCE)
+@dataclass(frozen=True)
+class _SharedRows:
+    """The rows that models have in common where one lacks its own; see `Vocabulary.aligned`.
+
+    `rows_MV` are the models' own; `owner`, `row` and `is_mean` those of `Vocabulary._origins`.
+    """
+
+    rows_MV: Tensor
+    owner: Tensor
+    row: Tensor
+    is_mean: Tensor
+    tensors: Sequence[Tensor]
+    dtype: torch.dtype
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The rows (len(ids), …) of the tokens `ids`."""
+        out = torch.zeros((len(ids), *self.tensors[0].shape[1:]), dtype=self.dtype)
+        for index, tensor in enumerate(self.tensors):
+            mine = self.owner[ids] == index
+            out[mine] = tensor[self.row[ids[mine]]].to(self.dtype)
+        means = self.is_mean[ids]
+        out[means] = self._mean(ids[means])
+        return out
+
+    def _mean(self, ids: Tensor) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        total = torch.zeros((len(ids), *self.tensors[0].shape[1:]), dtype=wide)
+        for rows_V, tensor in zip(self.rows_MV, self.tensors, strict=True):
+            has = rows_V[ids] != _MISSING
+            total[has] += tensor[rows_V[ids[has]]].to(wide)
+        counts = (self.rows_MV[:, ids] != _MISSING).sum(0)
+        return (total / counts.reshape(-1, *[1] * (total.dim() - 1))).to(self.dtype)
+
+
+class AlignedRows:
+    """One model's embeddings (R, …) in the order of the output's tokens, made when asked for.
+
+    What a merge asks of a tensor it answers as one: shape, dtype, device, and ranges of itself as
+    one line. So it takes some rows' memory in each thread, and not that of the embeddings.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        is_token: Tensor,
+        own_V: Tensor,
+        rows_V: Tensor,
+        tensor: Tensor,
+        shared: _SharedRows,
+    ) -> None:
+        self.shape = torch.Size((size, *tensor.shape[1:]))
+        self.dtype = shared.dtype
+        self._is_token, self._own, self._places = is_token, own_V, rows_V
+        self._tensor, self._shared = tensor, shared
+        self._columns = math.prod(self.shape[1:])
+        self._at_hand = threading.local()
+        self._padding = self._mean_of_tokens()
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def detach(self) -> AlignedRows:
+        return self
+
+    def reshape(self, *shape: int) -> AlignedRows:
+        assert shape == (-1,), "its ranges are those of one line"
+        return self
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """The flat elements [start, stop), not to be written to."""
+        start, stop = part.start, part.stop
+        first, end, flat = getattr(self._at_hand, "block", (0, 0, None))
+        if flat is None or not first <= start <= stop <= end:
+            top, bottom = start // self._columns, -(-stop // self._columns)
+            bottom = max(bottom, min(len(self), top + max(1, _BLOCK // self._columns)))
+            flat = self._block(top, bottom).reshape(-1)
+            first, end = top * self._columns, bottom * self._columns
+            self._at_hand.block = first, end, flat
+        piece: Tensor = flat[start - first : stop - first]
+        return piece
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def whole(self) -> Tensor:
+        """All of it, as a tensor of its own."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        for first in range(0, len(self), _ROWS_AT_ONCE):
+            end = min(first + _ROWS_AT_ONCE, len(self))
+            out[first:end] = self._block(first, end)
+        return out
+
+    def _block(self, first: int, end: int) -> Tensor:
+        """The rows [first, end)."""
+        ids = torch.arange(first, min(end, len(self._is_token)))
+        if len(ids) == end - first and bool(self._own[ids].all()):
+            return self._tensor[self._places[ids]].to(self.dtype)
+        out = torch.empty((end - first, *self.shape[1:]), dtype=self.dtype)
+        is_token = torch.zeros(end - first, dtype=torch.bool)
+        is_token[: len(ids)] = self._is_token[ids]
+        out[is_token] = self._rows(ids[self._is_token[ids]])
+        if self._padding is not None:
+            out[~is_token] = self._padding
+        return out
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """The rows of tokens: the model's own, or those in common."""
+        out = torch.empty((len(ids), *self.shape[1:]), dtype=self.dtype)
+        own = self._own[ids]
+        out[own] = self._tensor[self._places[ids[own]]].to(self.dtype)
+        out[~own] = self._shared.of(ids[~own])
+        return out
+
+    def _mean_of_tokens(self) -> Tensor | None:
+        """The mean of the tokens' rows, which fills all others; None where there are no others."""
+        count = int(self._is_token.sum())
+        if count == len(self):
+            return None
+        total = torch.zeros(self.shape[1:], dtype=torch.float64)
+        for ids in torch.split(self._is_token.nonzero()[:, 0], _ROWS_AT_ONCE):
+            total += self._rows(ids).sum(0, dtype=torch.promote_types(self.dtype, torch.float32))
+        return (total / count).to(self.dtype)
 
 
 def build_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Vocabulary | None:
