@@ -503,7 +503,7 @@ def _reproduce_mixture(  # noqa: PLR0917
     if gguf is not None:
         wanted = wanted.with_gguf(None if gguf == "none" else gguf)
     try:
-        with eval_commands.engines_at_work(), MergeDisplay(sys.stderr) as display:
+        with eval_commands.engines_at_work():
             return Reproduction(
                 file=wanted,
                 out=out or Path(wanted.reproduce.name),
@@ -515,7 +515,7 @@ def _reproduce_mixture(  # noqa: PLR0917
                 limit=limit,
                 overwrite=overwrite,
                 say=say,
-                progress=display,
+                display=lambda: MergeDisplay(sys.stderr),
             ).run()
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where it stopped")

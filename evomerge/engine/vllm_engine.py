@@ -266,6 +266,11 @@ def engine_arguments(config: EngineConfig, directory: str, *, live: bool) -> dic
         arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
         # Compiling the model there takes 20 s, wants a C++ compiler, and wins nothing measurable.
         arguments["enforce_eager"] = True
+        # A prompt cut between two steps ends the engine there where answers are sampled with a
+        # seed: torch's generators for CPUs know no offset to go back to (vLLM 0.32). Uncut ones
+        # need steps as long as the longest, which vLLM sees to unless it is told how long they are.
+        if "max_num_batched_tokens" not in config.options:
+            arguments["enable_chunked_prefill"] = False
     # Last what must not be overridden: the statistics tell of every answer whether its logits had
     # a NaN.
     return arguments | dict(config.options) | {"disable_log_stats": False}

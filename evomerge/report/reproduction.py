@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,7 +182,8 @@ def read_mixture_file(path: Path, *, trust_code: bool = False) -> MixtureFile:
 class Reproduction:
     """The steps of one reproduction into the folder `out`; what is done already is left as it is.
 
-    `judge` and `live` may be others than the file's. `say` is told what takes its time.
+    `judge` and `live` may be others than the file's. `say` is told what takes its time, what
+    `display` opens shows how far the mixture is.
     """
 
     file: MixtureFile
@@ -194,7 +196,7 @@ class Reproduction:
     limit: int | None = None
     overwrite: bool = False
     say: Say = lambda line: None
-    progress: Progress | None = None
+    display: Callable[[], AbstractContextManager[Progress | None]] = nullcontext
     _tasks: tuple[Task, ...] = field(default=(), init=False)
 
     def run(self) -> Reproduced:
@@ -280,15 +282,16 @@ class Reproduction:
         self.out.mkdir(parents=True, exist_ok=True)
         self._remember({"building": self._mixture_digest})
         self.say(f"building the mixture {model}")
-        build_moe(
-            self.file.mixture,
-            model,
-            inputs,
-            verbatim=self.file.text,
-            overwrite=True,
-            progress=self.progress,
-            say=self.say,
-        )
+        with self.display() as progress:
+            build_moe(
+                self.file.mixture,
+                model,
+                inputs,
+                verbatim=self.file.text,
+                overwrite=True,
+                progress=progress,
+                say=self.say,
+            )
         self._remember({"mixture": self._mixture_digest, "sources": made_of})
         return model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evomerge.engine import EngineConfig
+from evomerge.engine.base import GenerationSettings
 from evomerge.engine.planning import ASK_WORKERS, failure_of
 from evomerge.engine.vllm_engine import VLLMEngine
 from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
@@ -127,6 +128,20 @@ def test_nan_in_a_source_fails_the_candidate_and_not_the_engine(
         answers(engine)
     engine.load(family.recipe(1))
     assert answers(engine) == before
+
+
+def test_answers_sampled_with_a_seed_survive_more_prompts_than_a_step_has_room_for(
+    engine_and_family: tuple[VLLMEngine, Family],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(1))
+    prompts = [f"{number} " + "many words " * 20 for number in range(30)]  # > 4096 tokens
+    assert sum(len(ids) for ids in engine.encode(prompts, add_special_tokens=True)) > 5000
+    sampled = GenerationSettings(max_tokens=3, temperature=0.7, seed=5)
+    written = [one.token_ids for one in engine.generate(prompts, sampled, add_special_tokens=True)]
+    assert len(set(written)) > 1
+    again = [one.token_ids for one in engine.generate(prompts, sampled, add_special_tokens=True)]
+    assert again == written
 
 
 def test_no_answer_of_a_switch_that_failed_is_believed(
