@@ -111,4 +111,4 @@ def _caveats(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}"
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0: no -0.000

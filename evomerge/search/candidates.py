@@ -14,6 +14,7 @@ from evomerge.space import GenomeConfig, SearchSpace, SpaceConfig
 
 BASE = "base"
 UNIFORM = "uniform"
+WARM = "warm"
 _MODEL = "model "
 
 
@@ -28,6 +29,11 @@ class Candidate:
 def model_label(index: int) -> str:
     """The candidate name of the study's model number `index`."""
     return f"{_MODEL}{index}"
+
+
+def warm_label(number: int) -> str:
+    """The candidate name of entry `number` of a study's `warm_start:`."""
+    return f"{WARM} {number}"
 
 
 def uniform_label(scale: float) -> str:

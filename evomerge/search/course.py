@@ -6,7 +6,7 @@ asks for, writes what it says, and asks again. So a search that is resumed takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -116,12 +116,12 @@ class Course:
     def _first_measurements(self) -> Step | None:
         """Base, models and uniform merges."""
         plan, history = self._plan, self._history
-        if any(label not in history.named for label in plan.sweep):
-            return _write(events.named({label: g.tolist() for label, g in plan.sweep.items()}))
+        if any(label not in history.named for label in plan.starts):
+            return _write(events.named({label: g.tolist() for label, g in plan.starts.items()}))
         sweep = draw_tasks(plan.categories, plan.sweep_tasks, plan.seed, _SWEEP_DRAW)
         return self._measure(
             *(self._unit(label, "search", plan.tasks) for label in plan.references),
-            *(self._unit(label, "search", sweep) for label in plan.sweep),
+            *(self._unit(label, "search", sweep) for label in plan.starts),
         )
 
     def _start(self) -> Step | None:
@@ -138,14 +138,22 @@ class Course:
         return None
 
     def _start_event(self) -> Event:
-        """The best of a sweep that has a choice, else what the plan says."""
-        plan, history = self._plan, self._history
-        scores = {label: history.score(label) for label in plan.sweep}
+        """The best of a sweep that has a choice, else what the plan says; or a warm start."""
+        plan = self._plan
+        best = self._best_of(plan.sweep)
+        choice = best if len(plan.sweep) > 1 else None
+        genome = plan.start if choice is None else plan.sweep[choice]
+        # Of equals the sweep's: the earlier of the names.
+        warm = self._best_of(plan.starts)
+        if warm is None or warm == best:
+            return events.start(choice, np.clip(genome, plan.low, plan.high).tolist())
+        return events.start(choice, plan.warm[warm].tolist(), warm)
+
+    def _best_of(self, labels: Iterable[str]) -> str | None:
+        """The one with the highest score, the earliest of equals; None where none has one."""
+        scores = {label: self._history.score(label) for label in labels}
         found = {label: score for label, score in scores.items() if score is not None}
-        if len(plan.sweep) < 2 or not found:
-            return events.start(None, plan.start.tolist())
-        best = max(found, key=lambda label: found[label])
-        return events.start(best, np.clip(plan.sweep[best], plan.low, plan.high).tolist())
+        return max(found, key=lambda label: found[label], default=None)
 
     def _new_sampler(self) -> Sampler:
         plan, start = self._plan, self._history.start
@@ -313,9 +321,12 @@ def fits(plan: Plan, budget: Budget, history: History) -> bool:
 
 
 def best_observed(plan: Plan, history: History) -> str | None:
-    """The best of trials, inputs and uniform merges by (adjusted) score; a trial wins a tie."""
+    """The best of trials, inputs, uniform merges and warm starts; a trial wins a tie.
+
+    By adjusted score.
+    """
     trials = best_trials(plan, history)[:1]
-    ranked = by_score(plan, history, [*trials, *plan.sweep, *plan.inputs])
+    ranked = by_score(plan, history, [*trials, *plan.starts, *plan.inputs])
     return ranked[0] if ranked else None
 
 

@@ -49,10 +49,13 @@ def named(genomes: Mapping[str, Sequence[float]]) -> Event:
     return Event("named", {"genomes": _plain(genomes)}, once="named")
 
 
-def start(candidate: str | None, genome: Sequence[float]) -> Event:
-    """Where the sampler begins; `candidate` is whose genome that is, None if nobody's."""
+def start(candidate: str | None, genome: Sequence[float], warm: str | None = None) -> Event:
+    """Where the sampler begins: at the warm start of that name, else where `candidate` is.
+
+    The latter is the best uniform merge of a sweep; None where there was none to choose from.
+    """
     payload = {"candidate": candidate, "genome": [float(gene) for gene in genome]}
-    return Event("start", payload, once="start")
+    return Event("start", payload | ({} if warm is None else {"warm": warm}), once="start")
 
 
 def generation(

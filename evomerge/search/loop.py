@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +39,7 @@ from evomerge.search.story import Report, Said, Started
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.search.study_plan import plan_of
 from evomerge.search.summary import summary_of
+from evomerge.search.warm_start import warm_starts
 
 __all__ = ["OpenEvaluator", "Outcome", "run_search"]
 
@@ -84,7 +85,9 @@ def run_search(
         history = log.history if log else History()
         study = resolve_study(_with_seed(config, history, seed), storage, _course(config, history))
         _refuse_changes(study, history)
-        plan, budget = plan_of(study), _budget(config, history, trials)
+        # Once for all: recipes' files may change, and other studies go on.
+        warm = history.begun.get("warm_start", {}) if history.begun else warm_starts(study)
+        plan, budget = plan_of(study, warm), _budget(config, history, trials)
         check_budget(plan, budget, f"{config.where}: budget")
         if log is None or not _is_finished(history, plan, budget):
             bench = stack.enter_context(Bench.opened(open_evaluator, study, report))
@@ -92,7 +95,7 @@ def run_search(
                 # Only now, so that an engine that does not start leaves no database behind.
                 log = EventLog(_open_database(config, storage), study.name)
                 stack.callback(log.close)
-            _search(_Opened(study, config, plan, budget), log, bench, report)
+            _search(_Opened(study, config, plan, budget, warm), log, bench, report)
         _write_files(study, log.history)
         return _outcome(study, log.history)
 
@@ -105,6 +108,7 @@ class _Opened:
     asked: StudyConfig
     plan: Plan
     budget: Budget
+    warm: Mapping[str, Sequence[float]]
 
 
 def _search(opened: _Opened, log: EventLog, bench: Bench, report: Report) -> None:
@@ -127,7 +131,7 @@ def _search(opened: _Opened, log: EventLog, bench: Bench, report: Report) -> Non
 
 
 def _begin(opened: _Opened, log: EventLog, bench: Bench) -> None:
-    new = [] if log.exists else [events.begun(_begun_payload(opened.study, opened.asked))]
+    new = [] if log.exists else [events.begun(_begun_payload(opened))]
     taken_up = events.opened(
         budget=opened.budget.to_mapping(),
         asked_budget=opened.asked.budget.model_dump(),
@@ -229,17 +233,19 @@ def _is_finished(history: History, plan: Plan, budget: Budget) -> bool:
     return history.finished is not None and not fits(plan, budget, history)
 
 
-def _begun_payload(study: ResolvedStudy, asked: StudyConfig) -> dict[str, Any]:
+def _begun_payload(opened: _Opened) -> dict[str, Any]:
     """All that a later run needs to be the same, and what a reader may want to know."""
+    study = opened.study
     return {
         "study": study.config.to_mapping(),
         "folder": str(study.config.folder.absolute()),
-        "asked_seed": asked.sampler.seed,
+        "asked_seed": opened.asked.sampler.seed,
         "space": space_to_mapping(study.space),
         "population": study.population,
         "course": study.course,
         "search_tasks": [task.id for task in study.search_tasks],
         "holdout_tasks": [task.id for task in study.holdout_tasks],
+        "warm_start": {label: list(genome) for label, genome in opened.warm.items()},
         "fingerprint": dict(study.fingerprint),
         "versions": _versions(),
     }

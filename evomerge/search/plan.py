@@ -34,8 +34,9 @@ class Plan:
     in their order, each with its category; `holdout` the held-out ones. `base` and `inputs` are the
     names of candidates that are no genomes: base and models are measured on all search tasks, the
     inputs may win. `sweep` are uniform merges, name -> genome: the best of them, on `sweep_tasks`
-    tasks, is where the sampler starts. `tasks_per_candidate` is a number of tasks, drawn afresh for
-    each generation. `attempts` fresh measurements decide who wins; 0: the best observed does.
+    tasks, is where the sampler starts, unless one of `warm`, from elsewhere, is better on the same
+    tasks. `tasks_per_candidate` is a number of tasks, drawn afresh for each generation. `attempts`
+    fresh measurements decide who wins; 0: the best observed does.
     """
 
     sampler: SamplerName
@@ -50,6 +51,7 @@ class Plan:
     tasks_per_candidate: int
     sweep: Mapping[str, Genome] = field(default_factory=dict)
     sweep_tasks: int = 0
+    warm: Mapping[str, Genome] = field(default_factory=dict)
     base: str | None = None
     inputs: Sequence[str] = ()
     holdout: Sequence[str] = ()
@@ -61,6 +63,11 @@ class Plan:
     def tasks(self) -> tuple[str, ...]:
         """The ids of all search tasks."""
         return tuple(self.categories)
+
+    @property
+    def starts(self) -> Mapping[str, Genome]:
+        """Where the sampler may start, by name."""
+        return {**self.sweep, **self.warm}
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -80,7 +87,7 @@ class Plan:
     @property
     def start_cost(self) -> int:
         """Tasks that are answered before the first generation."""
-        return len(self.sweep) * self.sweep_tasks + len(self.references) * len(self.tasks)
+        return len(self.starts) * self.sweep_tasks + len(self.references) * len(self.tasks)
 
     @property
     def end_cost(self) -> int:

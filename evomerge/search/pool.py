@@ -37,7 +37,7 @@ def pool_event(plan: Plan, history: History, means: Sequence[Genome], left: int 
         made[f"peak {told}"] = peak
     made = {label: np.clip(genome, plan.low, plan.high) for label, genome in made.items()}
     best = best_trials(plan, history)
-    others = [*made, *best[:1], *uniforms(plan, history)]
+    others = [*made, *best[:1], *by_score(plan, history, list(plan.warm)), *uniforms(plan, history)]
     names = list(dict.fromkeys([*others, *by_score(plan, history, plan.inputs)]))
     names = _different(made, names)
     incumbent, *challengers = names

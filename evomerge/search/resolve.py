@@ -27,7 +27,10 @@ Result = TypeVar("Result")
 
 _SIGMA0_AT_FIRST = 0.25
 # What the first version of the course had no choice of.
-_LATER_KEYS = ("tasks_per_candidate", "sweep", "smoothing", "futility_stop", "selection")
+_LATER_KEYS = (
+    *("tasks_per_candidate", "sweep", "warm_start", "smoothing", "futility_stop"),
+    "selection",
+)
 # These cannot change an answer: where the weights come in, and how much memory may be taken.
 _HARMLESS_OPTIONS = ("load", "gpu_memory_utilization", "cpu_offload_gb")
 

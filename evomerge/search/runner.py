@@ -21,6 +21,7 @@ from evomerge.search.candidates import (
     model_label,
     recipe_digest,
     trial_number,
+    warm_label,
 )
 from evomerge.search.course import Course, GiveUp, Measure, Unit, Write
 from evomerge.search.events import Event
@@ -260,9 +261,11 @@ class Runner:
         return found
 
     def _title(self, label: str) -> str:
-        """A candidate's name for readers: a model's is as the study writes it."""
-        models = self._study.config.models
-        return {model_label(index): model for index, model in enumerate(models)}.get(label, label)
+        """A candidate's name for readers: a model's or a warm start's is as the study writes it."""
+        config = self._study.config
+        titles = {model_label(index): model for index, model in enumerate(config.models)}
+        titles |= {warm_label(index): start for index, start in enumerate(config.warm_start)}
+        return titles.get(label, label)
 
     def _story(self, unit: Unit) -> Measured:
         key = (unit.label, unit.part)

@@ -13,6 +13,7 @@ from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.candidates import (
     BASE,
     UNIFORM,
+    WARM,
     candidate_of,
     model_label,
     space_from_mapping,
@@ -24,7 +25,7 @@ from evomerge.search.storage import is_held, open_log, stored_names
 from evomerge.search.study import StudyConfig, study_directory, study_from_mapping
 
 # peak: where a Gaussian process over all candidates is highest.
-Source: TypeAlias = Literal["trial", "mean", "peak", "model", "uniform"]
+Source: TypeAlias = Literal["trial", "mean", "peak", "model", "uniform", "warm start"]
 BEST_FILE = "best_config.yaml"
 
 
@@ -77,7 +78,12 @@ def best_so_far(history: History) -> Best | None:
 def describe(history: History, label: str) -> dict[str, Any]:
     """Where the candidate of this name comes from, for the log: source, number, candidate."""
     kind = label.partition(" ")[0]
-    sources: dict[str, Source] = {"trial": "trial", "model": "model", UNIFORM: "uniform"}
+    sources: dict[str, Source] = {
+        "trial": "trial",
+        "model": "model",
+        UNIFORM: "uniform",
+        WARM: "warm start",
+    }
     source = sources.get(kind, "peak" if kind == "peak" else "mean")
     number = trial_number(label) if source == "trial" else None
     return {"source": source, "number": number, "candidate": label}

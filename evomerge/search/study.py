@@ -176,7 +176,9 @@ class StudyConfig(_Strict):
     `models` and `search_space`: the first two then repeat what it says. `tasks_per_candidate` is a
     share of the search tasks up to 1, a number of tasks above; None: as `defaults` has it. `sweep`:
     the scales of the uniform merges that the search starts from the best of; True: the usual ones,
-    False: none. `smoothing` and `futility_stop` can be switched off.
+    False: none. `warm_start`: where it may start from as well, the better merge on the same tasks:
+    recipes' files (.yaml), or other studies' names for their winners. `smoothing` and
+    `futility_stop` can be switched off.
     """
 
     study: str
@@ -194,6 +196,7 @@ class StudyConfig(_Strict):
     judge: JudgeConfig | None = None
     tasks_per_candidate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     sweep: bool | tuple[_Scale, ...] = True
+    warm_start: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     smoothing: bool = True
     futility_stop: bool = True
     selection: SelectionConfig = SelectionConfig()
@@ -234,6 +237,13 @@ class StudyConfig(_Strict):
         if storage is None:
             return StorageConfig()
         return StorageConfig(directory=storage) if isinstance(storage, str) else storage
+
+    @field_validator("warm_start", mode="before")
+    @classmethod
+    def _may_be_one(cls, start: object) -> object:
+        if start is None:
+            return ()
+        return (start,) if isinstance(start, str) else start
 
     @field_validator("holdout", mode="before")
     @classmethod

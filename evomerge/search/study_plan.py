@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from evomerge.search.candidates import BASE, UNIFORM, model_label, uniform_label
 from evomerge.search.defaults import sweep_scales, sweep_tasks
@@ -12,8 +14,8 @@ from evomerge.search.samplers import Scaling
 from evomerge.space import Genome, SearchSpace
 
 
-def plan_of(study: ResolvedStudy) -> Plan:
-    """What the course of the study's search depends on.
+def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]]) -> Plan:
+    """What the course of the study's search depends on; `warm` are its warm starts by name.
 
     A study of course 0 is searched as it was then: all tasks, no sweep, the best observed wins.
     """
@@ -35,7 +37,8 @@ def plan_of(study: ResolvedStudy) -> Plan:
         categories=categories,
         tasks_per_candidate=len(categories) if old else study.tasks_per_candidate,
         sweep=sweep,
-        sweep_tasks=len(categories) if len(sweep) == 1 else sweep_tasks(len(categories)),
+        sweep_tasks=sweep_tasks(len(categories)) if len(sweep) + len(warm) > 1 else len(categories),
+        warm={label: np.array(genome) for label, genome in warm.items()},
         base=BASE,
         inputs=[model_label(index) for index in range(len(space.models))],
         holdout=[task.id for task in study.holdout_tasks],
