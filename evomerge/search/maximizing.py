@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,10 +79,18 @@ def maximize(
     called again with the same arguments: it goes on where it stopped. `settings` are fields of
     `Plan` other than the defaults. Raises ConfigError where the arguments do not fit together.
     """
-    plan = _plan(dimension, bounds, tasks, seed=seed, sampler=sampler, settings=settings or {})
+    plan = _plan(
+        dimension,
+        bounds,
+        tasks,
+        budget=budget,
+        seed=seed,
+        sampler=sampler,
+        settings=settings or {},
+    )
     total = Budget(task_evaluations=budget)
     check_budget(plan, total, "maximize: budget")
-    with _opened(storage, plan) as log:
+    with _opened(storage, _fingerprint(plan, settings or {})) as log:
         course = Course(plan, total, log.history)
         _drive(course, log, grade)
         return _found(plan, log.history, course.winner)
@@ -93,6 +101,7 @@ def _plan(
     bounds: Bounds,
     tasks: int,
     *,
+    budget: int,
     seed: int,
     sampler: SamplerName,
     settings: Mapping[str, Any],
@@ -118,7 +127,12 @@ def _plan(
         "sweep_tasks": defaults.sweep_tasks(tasks),
         "attempts": defaults.SELECTION_REPETITIONS,
     }
-    return Plan(**{**asked, **settings})
+    plan = Plan(**{**asked, **settings})
+    if "tasks_per_candidate" in settings:
+        return plan
+    left = budget - plan.start_cost - plan.end_cost
+    number = defaults.tasks_per_candidate(tasks, plan.population, left)
+    return replace(plan, tasks_per_candidate=number)
 
 
 def _bounds(bounds: Bounds, dimension: int) -> tuple[Genome, Genome]:
@@ -135,7 +149,7 @@ def _bounds(bounds: Bounds, dimension: int) -> tuple[Genome, Genome]:
 
 
 @contextmanager
-def _opened(storage: Path | str | None, plan: Plan) -> Iterator[Log]:
+def _opened(storage: Path | str | None, says: Mapping[str, str]) -> Iterator[Log]:
     """The log, in memory or in a folder's database; ConfigError where it is of another search."""
     with ExitStack() as stack:
         if storage is None:
@@ -145,7 +159,6 @@ def _opened(storage: Path | str | None, plan: Plan) -> Iterator[Log]:
         stack.enter_context(held(study_directory(folder, _NAME)))
         log = EventLog(open_database(folder), _NAME)
         stack.callback(log.close)
-        says = _fingerprint(plan)
         if log.history.begun is None:
             log.append(events.begun({"fingerprint": says, "course": COURSE}))
         changes = what_changed(begun_with(log)["fingerprint"], says)
@@ -156,8 +169,8 @@ def _opened(storage: Path | str | None, plan: Plan) -> Iterator[Log]:
         yield log
 
 
-def _fingerprint(plan: Plan) -> dict[str, str]:
-    """What decides a search, but for the function that grades."""
+def _fingerprint(plan: Plan, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What decides a search, but for the function that grades, and for the budget."""
     return {
         "sampler": plan.sampler,
         "sigma0": str(plan.sigma0),
@@ -165,7 +178,7 @@ def _fingerprint(plan: Plan) -> dict[str, str]:
         "seed": str(plan.seed),
         "bounds": f"{plan.low.tolist()} to {plan.high.tolist()}",
         "tasks": str(len(plan.tasks)),
-        "tasks_per_candidate": str(plan.tasks_per_candidate),
+        "tasks_per_candidate": str(settings.get("tasks_per_candidate", "by the budget")),
         "smoothing": str(plan.smoothing),
         "futility_stop": str(plan.futility_stop),
         "attempts": str(plan.attempts),

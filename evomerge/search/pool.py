@@ -29,12 +29,13 @@ def pool_event(plan: Plan, history: History, means: Sequence[Genome], left: int 
     """
     made: dict[str, Genome] = {}
     told = sum(len(history.told[block]) for block in history.told)
+    # The peak leads: over nine kinds of landscapes it was better than the mean, which lags behind.
+    peak = _peak(plan, history)
+    if peak is not None:
+        made[f"peak {told}"] = peak
     if means:
         made[f"mean {told}"] = means[-1]
         made[f"mean of means {told}"] = _average(plan, means[-_MEANS:])
-    peak = None if _affordable(plan, left) == 0 else _peak(plan, history)
-    if peak is not None:
-        made[f"peak {told}"] = peak
     made = {label: np.clip(genome, plan.low, plan.high) for label, genome in made.items()}
     best = best_trials(plan, history)
     others = [*made, *best[:1], *by_score(plan, history, list(plan.warm)), *uniforms(plan, history)]
