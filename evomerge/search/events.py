@@ -29,10 +29,18 @@ def begun(payload: Payload) -> Event:
     return Event("begun", payload, once="begun")
 
 
-def opened(*, budget: Payload, asked_budget: Payload, process: str, engine_start: float) -> Event:
+def opened(
+    *,
+    budget: Payload,
+    asked_budget: Payload,
+    process: str,
+    engine_start: float,
+    judge: Payload | None = None,
+) -> Event:
     """A process took the study up, for `budget` in total; the study's file said `asked_budget`.
 
-    `engine_start` are the seconds until the engine could take a candidate.
+    `judge` is the file's, whose limits may be others than when the study began; `engine_start` are
+    the seconds until the engine could take a candidate.
     """
     payload = {
         "trials": budget["trials"],
@@ -40,6 +48,7 @@ def opened(*, budget: Payload, asked_budget: Payload, process: str, engine_start
         "task_evaluations": budget["task_evaluations"],
         "asked_task_evaluations": asked_budget["task_evaluations"],
         "process": process,
+        "judge": judge,
     }
     return Event("opened", {**payload, "engine_start": round(engine_start, 3)})
 

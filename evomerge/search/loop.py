@@ -135,6 +135,7 @@ def _begin(opened: _Opened, log: EventLog, bench: Bench) -> None:
     taken_up = events.opened(
         budget=opened.budget.to_mapping(),
         asked_budget=opened.asked.budget.model_dump(),
+        judge=opened.asked.to_mapping().get("judge"),
         process=f"{os.getpid()} on {socket.gethostname()}",
         engine_start=bench.engine_start,
     )

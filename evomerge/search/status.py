@@ -222,6 +222,8 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
     }
     if any(budget.values()):
         asked["budget"] = {key: value for key, value in budget.items() if value is not None}
+    if opened.get("judge"):
+        asked["judge"] = opened["judge"]  # the same one, perhaps with other limits
     return study_from_mapping(
         asked, where=f"study {name}", folder=Path(begun["folder"]), trust_code=trust_code
     )

@@ -25,7 +25,7 @@ from evomerge.recipe import Recipe
 from evomerge.search.evaluator import EngineEvaluator, Evaluators, TimeSplit
 from evomerge.search.loop import run_search
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
-from evomerge.search.status import study_status
+from evomerge.search.status import stored_study, study_status
 from evomerge.search.study import StudyConfig, read_study, study_from_mapping
 from tests.evaluate import judge_server as faults
 from tests.evaluate.judge_server import ScriptedJudge, scripted
@@ -284,6 +284,9 @@ def test_a_limit_of_the_cost_stops_the_run_which_goes_on_when_it_is_raised(
     assert status["state"] == "finished"
     (usage,) = study_status(tmp_path / "storage", "formula")["judges"]
     assert usage["calls"] == len(server.prompts)
+    by_name = stored_study(tmp_path / "storage", "formula")
+    assert by_name.judge is not None
+    assert by_name.judge.max_total_tokens == 10**6
 
 
 def test_a_candidate_whose_answers_get_no_grades_fails_alone(
