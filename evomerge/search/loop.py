@@ -97,7 +97,7 @@ def run_search(
                 stack.callback(log.close)
             _search(_Opened(study, config, plan, budget, warm), log, bench, report)
         _write_files(study, log.history)
-        return _outcome(study, log.history)
+        return _outcome(study, log)
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,12 @@ def _other_versions(history: History) -> list[str]:
     ]
 
 
-def _outcome(study: ResolvedStudy, history: History) -> Outcome:
+def _outcome(study: ResolvedStudy, log: EventLog) -> Outcome:
+    history = log.history
     winner = winner_of(history)
     assert winner is not None, "a finished study has a winner"
     return Outcome(
-        status=status_of(history, study.storage, study.name),
+        status=status_of(log, study.storage, study.name),
         winner=winner,
         recipe=candidate_of(study.space, history, winner.label).recipe,
         directory=study.directory,

@@ -130,14 +130,14 @@ def study_status(storage: Path, name: str) -> dict[str, Any]:
     """
     log = existing_log(storage, name)
     try:
-        judges = [asdict(usage) for usage in log.judge_usage()]
-        return {**status_of(log.history, storage, name), "judges": judges}
+        return status_of(log, storage, name)
     finally:
         log.close()
 
 
-def status_of(history: History, storage: Path, name: str) -> dict[str, Any]:
+def status_of(log: EventLog, storage: Path, name: str) -> dict[str, Any]:
     """`study_status` of a log that is open already."""
+    history = log.history
     directory = study_directory(storage, name)
     best = best_so_far(history)
     opened = history.opened or {}
@@ -161,6 +161,7 @@ def status_of(history: History, storage: Path, name: str) -> dict[str, Any]:
         },
         "seconds": {kind: round(spent, 3) for kind, spent in history.seconds.items()},
         "stopped": history.stopped,
+        "judges": [asdict(usage) for usage in log.judge_usage()],
     }
 
 
