@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sqlalchemy as sql
@@ -47,6 +48,44 @@ def test_every_command_refuses_the_database_of_a_newer_version(
         assert f"this evomerge knows version {schema.VERSION}" in said
         assert "Traceback" not in said
     assert (storage / "evomerge.db").read_bytes() == before
+
+
+def test_all_that_differs_from_what_a_study_began_with_is_listed(
+    study: Callable[..., StudyConfig], models: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "storage"
+    run_search(study(), storage=storage, open_evaluator=opener(), trials=6)
+    changed = study(
+        tasks=11,
+        models=[str(models / "right"), str(models / "left")],
+        search_space={"layer_granularity": 2, "weight": [0.0, 1.0]},
+        sampler={"population": 8, "seed": 3, "name": "tpe"},
+        engine={"name": "transformers", "dtype": "float32", "load": "disk"},
+        smoothing=False,
+    )
+
+    def never(*asked: object) -> NoReturn:
+        raise AssertionError("an engine was opened")
+
+    with pytest.raises(ConfigError) as refused:
+        run_search(changed, storage=storage, open_evaluator=never)
+    first, *lines, last = str(refused.value).splitlines()
+    assert first.endswith("study formula began with other settings:")
+    assert {line.strip().partition(": was ")[0] for line in lines} == {
+        "models.0",
+        "models.1",
+        "models.0 (its files)",
+        "models.1 (its files)",
+        "search_space.weight.0",
+        "search_space.weight.1",
+        "sampler.name",
+        "sampler.population",
+        "engine.dtype",
+        "smoothing",
+        "suite (tasks, prompt, scorer, settings)",
+    }
+    assert "  sampler.name: was xnes, is tpe" in lines
+    assert last == "put them back, or give this study another name"
 
 
 def test_a_server_of_a_newer_version_is_refused_without_its_password(

@@ -187,12 +187,21 @@ def test_a_resumed_study_keeps_its_warm_start_though_its_sources_change(
         search("broken", trials=18)
 
 
-def test_a_finished_study_goes_on_with_a_greater_budget(search: Search, storage: Path) -> None:
-    whole = search("whole", trials=24)
-    assert search("raised", trials=12).status["state"] == "finished"
-    raised = search("raised", trials=24)
-    genomes = [[trial["genome"] for trial in one.status["trials"]] for one in (whole, raised)]
-    assert genomes[0] == genomes[1]
+@pytest.mark.parametrize("attempts", [0, 3])
+def test_a_finished_study_goes_on_with_a_greater_budget(search: Search, attempts: int) -> None:
+    changes = {
+        "selection": {"attempts": attempts},
+        "sweep": bool(attempts),
+        "tasks_per_candidate": 0.5 if attempts else None,
+    }
+    whole = search("whole", trials=24, **changes)
+    assert search("raised", trials=12, **changes).status["state"] == "finished"
+    raised = search("raised", trials=24, **changes)
+    trials = [
+        [(trial["genome"], trial["score"]) for trial in one.status["trials"]]
+        for one in (whole, raised)
+    ]
+    assert trials[0] == trials[1]
     assert raised.status["state"] == "finished"
     assert raised.recipe == whole.recipe
 
