@@ -22,6 +22,8 @@ from evomerge.evaluate.answering import (
     ask_all,
     read_open_tasks,
 )
+from evomerge.evaluate.prompts import Chat
+from evomerge.evaluate.router import read_router
 from tests import tiny
 from tests.evaluate.test_evaluation import CountingEngine
 from tests.test_cli import run
@@ -94,6 +96,22 @@ def test_a_workbook_of_examples_gives_each_task_its_prompt_and_settings(here: Pa
         (0, "example", "table.xlsx:2"),
         (1, "default", "table.xlsx:3"),
     ]
+
+
+def test_a_row_of_the_table_may_have_a_system_message_of_its_own(tmp_path: Path) -> None:
+    rows = [{"input": "詩を書いて", "system": "詩人です", "prompt": "{{ input }}"}]
+    write(tmp_path / "table.jsonl", rows)
+    write(
+        tmp_path / "t.jsonl", [{"task_id": 0, "input": "詩を書いて"}, {"task_id": 1, "input": "Hi"}]
+    )
+    tasks, engine = read_open_tasks(tmp_path / "t.jsonl"), CountingEngine(chat=True)
+    settings = AnswerSettings(GenerationSettings(max_tokens=5), Chat(None, "usual"))
+    asked = ask_all(tasks, settings, read_router(tmp_path / "table.jsonl"))
+    answers = Answers(tmp_path / "o.jsonl", tasks, answers_digest(asked))
+    answer(engine, asked, answers)
+    [(prompts, _)] = engine.calls
+    assert ["system:詩人です" in prompt for prompt in prompts] == [True, False]
+    assert ["system:usual" in prompt for prompt in prompts] == [False, True]
 
 
 class Interrupted(CountingEngine):

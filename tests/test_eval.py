@@ -14,6 +14,7 @@ import torch
 from evomerge.database import open_database
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import GenerationSettings
+from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from tests import tiny
 from tests.evaluate.judge_server import ScriptedJudge, scripted
@@ -106,6 +107,31 @@ def test_what_the_ledger_has_is_not_answered_again_unless_asked(here: Path) -> N
     assert len(ledger(here / "evol_merge_storage")) == 27
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, calls = Evaluation.begin, []
+
+    def interrupted(evaluation: Evaluation, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return begin(evaluation, *arguments)
+
+    monkeypatch.setattr(Evaluation, "begin", interrupted)
+    ran = run("eval", "a", "b", "--suite", "suite.yaml", *OPTIONS)
+    assert (ran.status, ran.out) == (130, "")
+    assert "the same command goes on" in ran.err
+    found, ran = evaluated("a", "b", "--suite", "suite.yaml")
+    assert [line.partition(" |")[0] for line in ran.err.splitlines() if "score" in line] == [
+        "a",
+        "b",
+    ]
+    assert ran.err.count("in the ledger already") == 1
+    assert found["models"][0]["score"] == 1.0
+    assert len(calls) == 3
+
+
 def test_a_model_that_has_no_answers_fails_alone(here: Path) -> None:
     ran = run("eval", "a", "broken", "b", "--suite", "suite.yaml", "--json", *OPTIONS)
     assert ran.status == 1
@@ -126,7 +152,7 @@ def test_tables_markdown_and_a_radar_chart_with_error_bars(here: Path) -> None:
     assert b"<svg" in (here / "r.svg").read_bytes()
     lines = (here / "t.md").read_text("utf-8").splitlines()
     assert lines[0] == "Suite: suite.yaml (exact)"
-    assert lines[4].startswith("| a | 1.000 | 1.000 … 1.000 | – | – | 9 | 0 |")
+    assert lines[4].startswith("| a | 1.000 [1.00, 1.00] | – | 9 | 0 |")
     assert "| model | 数学 | math | code |" in lines
     refused = run(*command)
     assert refused.status == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -16,7 +16,9 @@ def evaluation_table(found: Mapping[str, Any]) -> Table:
     """The document of `eval --json` as a table: a row for each model."""
     table = Table(title=f"Mean grade ({_graded_by(found)})", title_justify="left")
     for number, heading in enumerate(_headings(found)):
-        table.add_column(heading, justify="right" if number else "left")
+        # A model's name is told whole: hub names differ at their ends.
+        justify: Literal["left", "right"] = "right" if number else "left"
+        table.add_column(heading, justify=justify, overflow="ellipsis" if number else "fold")
     for row in _rows(found):
         table.add_row(*row)
     return table
@@ -56,7 +58,7 @@ def evaluation_markdown(found: Mapping[str, Any]) -> str:
 
 def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the numbers has to know, a sentence each."""
-    notes = ["Intervals are 95 % bootstrap intervals over the tasks."]
+    notes = ["In brackets: 95 % bootstrap intervals over the tasks."]
     for row in found["models"]:
         if row["reason"] is not None:
             notes.append(f"{row['model']} failed: {row['reason']}")
@@ -108,10 +110,9 @@ def _graded_by(found: Mapping[str, Any]) -> str:
 
 
 def _headings(found: Mapping[str, Any]) -> list[str]:
-    headings = ["model", "score", "95 % interval"]
-    if len(found["models"]) > 1:
-        headings += [f"less {found['models'][0]['model']}", "95 % interval, paired"]
-    return [*headings, "tasks", "unscored"]
+    first = found["models"][0]["model"]
+    against = [f"less {first}, paired"] if len(found["models"]) > 1 else []
+    return ["model", "score", *against, "tasks", "unscored"]
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -119,19 +120,23 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _row(row: Mapping[str, Any], *, alone: bool) -> list[str]:
-    cells = [row["model"], score_text(row["score"]), _interval(row["interval"])]
+    cells = [row["model"], _with_interval(score_text(row["score"]), row["interval"])]
     if not alone:
         against = row["difference"]
-        cells.append("–" if against is None else f"{against['mean']:+.3f}")
-        cells.append("–" if against is None else _interval(against["interval"], signed=True))
+        cells.append(
+            "–"
+            if against is None
+            else _with_interval(f"{against['mean']:+.3f}", against["interval"], sign="+")
+        )
     return [*cells, str(row["tasks"]), str(row["unscored"])]
 
 
-def _interval(interval: Sequence[float] | None, *, signed: bool = False) -> str:
+def _with_interval(number: str, interval: Sequence[float] | None, *, sign: str = "") -> str:
+    """`3.400 [3.21, 3.59]`."""
     if interval is None:
-        return "–"
-    sign = "+" if signed else ""
-    return " … ".join(format(end, f"{sign}.3f") for end in interval)
+        return number
+    low, high = (format(end, f"{sign}.2f") for end in interval)
+    return f"{number} [{low}, {high}]"
 
 
 def _categories(found: Mapping[str, Any]) -> list[str]:
