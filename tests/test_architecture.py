@@ -53,6 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "cma": {"search/samplers.py"},
     "cmaes": {"search/samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
+    "lm_eval": {"evaluate/harness.py"},
     "matplotlib": {"report/radar.py"},
     "huggingface_hub": {"evaluate/hub.py", "merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},

@@ -9,6 +9,9 @@ from typing import Literal, Self
 
 from evomerge.recipe import Recipe
 
+# A text, or token ids.
+Prompt = str | list[int]
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -126,13 +129,18 @@ class Engine(ABC):
         return len(self.encode([prompt], add_special_tokens=add_special_tokens)[0])
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """The token ids of each prompt."""
+    def encode(self, prompts: Sequence[Prompt], *, add_special_tokens: bool) -> list[list[int]]:
+        """The token ids of each prompt; what is token ids already stays as it is."""
 
     @property
     @abstractmethod
     def bos_token_id(self) -> int | None:
         """The token that begins a text; None where the tokenizer has none."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text; None where the tokenizer has none."""
+        return None
 
     @property
     @abstractmethod
@@ -142,7 +150,7 @@ class Engine(ABC):
     @abstractmethod
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
@@ -151,7 +159,7 @@ class Engine(ABC):
 
     @abstractmethod
     def log_probabilities(
-        self, prompts: Sequence[str], *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
         """Per prompt the log-probability (nats) of each of its tokens but the first."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings
+from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Prompt
 from evomerge.engine.tokenizer import Tokenizer
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
@@ -94,17 +94,23 @@ class PlanningEngine(Engine):
     def bos_token_id(self) -> int | None:
         return self.tokenizer.bos_token_id
 
-    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    def encode(self, prompts: Sequence[Prompt], *, add_special_tokens: bool) -> list[list[int]]:
         return [
             self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in prompts
         ]
 
 
 def by_settings(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: GenerationSettings | Sequence[GenerationSettings],
-    generate: Callable[[Sequence[str], GenerationSettings], Sequence[Completion]],
+    generate: Callable[[Sequence[Prompt], GenerationSettings], Sequence[Completion]],
 ) -> list[Completion]:
     """One completion per prompt: `generate` is called once for all that are sampled alike."""
     if isinstance(settings, GenerationSettings):

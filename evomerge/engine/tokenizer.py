@@ -33,6 +33,11 @@ class Tokenizer:
         found: int | None = self.inner.bos_token_id
         return found
 
+    @property
+    def eos_token_id(self) -> int | None:
+        found: int | None = self.inner.eos_token_id
+        return found
+
     def render(
         self,
         messages: Sequence[Mapping[str, str]],

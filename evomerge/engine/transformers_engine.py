@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
 from evomerge.engine.planning import (
     PlanningEngine,
     by_settings,
@@ -120,7 +120,7 @@ class TransformersEngine(PlanningEngine):
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
@@ -132,7 +132,7 @@ class TransformersEngine(PlanningEngine):
         )
 
     def _generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, *, add_special_tokens: bool
     ) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(prompts), BATCH):
@@ -214,7 +214,7 @@ class TransformersEngine(PlanningEngine):
 
     @torch.inference_mode()
     def log_probabilities(
-        self, prompts: Sequence[str], *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
         encoded = self.encode(prompts, add_special_tokens=add_special_tokens)
         return [self._scored(ids) for ids in encoded]

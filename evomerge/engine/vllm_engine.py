@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
 from evomerge.engine.planning import (
     ASK_WORKERS,
     PlanningEngine,
@@ -111,7 +111,7 @@ class VLLMEngine(PlanningEngine):
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
@@ -140,7 +140,7 @@ class VLLMEngine(PlanningEngine):
         )
 
     def log_probabilities(
-        self, prompts: Sequence[str], *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
         from vllm import SamplingParams
 
@@ -157,7 +157,9 @@ class VLLMEngine(PlanningEngine):
             for output in outputs
         ]
 
-    def _run(self, prompts: Sequence[str], sampling: Any, *, add_special_tokens: bool) -> list[Any]:
+    def _run(
+        self, prompts: Sequence[Prompt], sampling: Any, *, add_special_tokens: bool
+    ) -> list[Any]:
         if self._llm is None:
             raise EngineDiedError("no model is loaded")
         llm = self._llm

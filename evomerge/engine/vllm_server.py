@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
 from evomerge.engine.planning import (
     ASK_WORKERS,
     PlanningEngine,
@@ -99,7 +99,7 @@ class VLLMServer(PlanningEngine):
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
@@ -111,7 +111,7 @@ class VLLMServer(PlanningEngine):
         )
 
     def _generate(
-        self, prompts: Sequence[str], settings: GenerationSettings, *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, *, add_special_tokens: bool
     ) -> list[Completion]:
         choices = self._complete(
             prompts,
@@ -137,7 +137,7 @@ class VLLMServer(PlanningEngine):
         ]
 
     def log_probabilities(
-        self, prompts: Sequence[str], *, add_special_tokens: bool
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
         choices = self._complete(
             prompts,
@@ -159,7 +159,7 @@ class VLLMServer(PlanningEngine):
         ]
 
     def _complete(
-        self, prompts: Sequence[str], add_special_tokens: bool, **request: Any
+        self, prompts: Sequence[Prompt], add_special_tokens: bool, **request: Any
     ) -> list[dict[str, Any]]:
         """The choices for `prompts`, in their order, all written by the present candidate."""
         ids = self.encode(prompts, add_special_tokens=add_special_tokens)

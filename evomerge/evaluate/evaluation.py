@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings
 from evomerge.errors import ConfigError
@@ -207,6 +207,30 @@ class Evaluation:
         }
         scorer = known[name]
         return (grade - scorer.low) / (scorer.high - scorer.low)
+
+
+class CanBegin(Protocol):
+    """What answers and grades the tasks of a suite: `Evaluation`, or its like for the harness."""
+
+    generation_seconds: float
+
+    def begin(self, task_ids: Sequence[str], attempt: int = 0) -> Future[list[TaskResult]]:
+        """See `Evaluation.begin`."""
+
+
+def evaluation_of(
+    engine: Engine, suite: Suite, graders: Mapping[str, Grader] | None = None
+) -> CanBegin:
+    """`suite` asked in `engine`, whatever kind of suite it is."""
+    if suite.harness is None:
+        return Evaluation(engine, suite, graders)
+    from evomerge.evaluate.harness import HarnessEvaluation, Sampling
+
+    def sampling(attempt: int) -> Sampling:
+        settings = suite.generation(suite.tasks[0], attempt)
+        return Sampling(settings.temperature, settings.seed)
+
+    return HarnessEvaluation(engine, suite.harness, suite.config.system, sampling)
 
 
 def when_all_done(pending: Sequence[Future[Any]], outcome: Callable[[], Result]) -> Future[Result]:

@@ -27,6 +27,8 @@ def self_test(engine: Engine, suite: Suite) -> str:
     a line break, with no or two tokens that begin a text, without the cue that an answer begins, or
     without the system prompt.
     """
+    if suite.harness is not None:
+        return suite.harness.check(engine, suite.chat.system, suite.where)
     task = suite.tasks[0]
     _check_suite_prompt(suite)
     if uses_chat(engine, suite.chat):

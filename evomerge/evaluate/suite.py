@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
@@ -17,10 +19,20 @@ from evomerge.evaluate.prompts import Chat, ask, uses_chat
 from evomerge.evaluate.routing import routed_tasks
 from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
-from evomerge.evaluate.suite_config import JUDGE, GenerationConfig, SuiteConfig, read_suite_config
+from evomerge.evaluate.suite_config import (
+    HARNESS,
+    JUDGE,
+    GenerationConfig,
+    HarnessConfig,
+    SuiteConfig,
+    read_suite_config,
+)
 from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task, TaskResult
 from evomerge.evaluate.task_reading import find_tables, read_tasks
 from evomerge.resources import is_bare_name, locate
+
+if TYPE_CHECKING:
+    from evomerge.evaluate.harness import HarnessTasks
 
 __all__ = ["JUDGE", "ScorerGrade", "Suite", "SuiteConfig", "Task", "TaskResult"]
 
@@ -38,6 +50,7 @@ class Suite:
     config: SuiteConfig
     tasks: tuple[Task, ...]
     where: str = "suite"
+    harness: HarnessTasks | None = field(default=None, hash=False, compare=False)
     own_scorers: Mapping[str, Scorer] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -70,12 +83,14 @@ class Suite:
     @property
     def generates(self) -> bool:
         """Whether any scorer needs an answer to be written."""
-        return not all(map(_needs_no_answer, self.weights))
+        return self.harness is None and not all(map(_needs_no_answer, self.weights))
 
     @property
     def scorer_name(self) -> str:
         """What grades are called that come from this suite: `exact`, `0.9 judge + 0.1 chrf`."""
         scorer = self.config.scorer
+        if self.config.harness is not None:
+            return HARNESS
         if isinstance(scorer, str):
             return scorer
         return " + ".join(f"{weight:g} {name}" for name, weight in scorer.items())
@@ -139,12 +154,14 @@ def load_suite(
         path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
         where = suite if is_bare_name(suite) else str(path)
         suite, folder = read_suite_config(path, trust_code=trust_code), path.parent
+    if suite.harness is not None:
+        return _with_harness(suite, suite.harness, folder, where)
     own = {
         name: find_scorer(name, folder)
         for name in suite.weights
         if name not in (*SCORERS, *LIKELIHOOD_SCORERS, JUDGE)
     }
-    empty = Suite(suite, (), where, own)
+    empty = Suite(suite, (), where, own_scorers=own)
     tables = find_tables(suite, folder, data, where)
     scorers: dict[str, Scorer | LikelihoodScorer] = {**empty.scorers, **empty.likelihood_scorers}
     tasks = read_tasks(suite, tables, scorers)
@@ -163,6 +180,18 @@ def _content(task: Task) -> dict[str, object]:
         if not content[key] and content[key] != "":
             del content[key]
     return content
+
+
+def _with_harness(suite: SuiteConfig, wanted: HarnessConfig, folder: Path, where: str) -> Suite:
+    """The suite of tasks of lm-evaluation-harness; ConfigError where it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"{where}: harness needs one more package: pip install 'evomerge[lm-eval]'"
+        )
+    from evomerge.evaluate.harness import load_harness
+
+    harness, tasks = load_harness(wanted, folder, where)
+    return Suite(suite, tuple(tasks), where, harness)
 
 
 def split_holdout(tasks: Sequence[Task], share: float) -> tuple[list[Task], list[Task]]:
@@ -192,6 +221,9 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
 
     In a conversation all turns have to fit, with answers of max_tokens each.
     """
+    if suite.harness is not None:
+        suite.harness.check(engine, suite.config.system, suite.where)
+        return
     allowed = engine.max_model_len
     needed = {task.id: _tokens_at_most(engine, suite, task) for task in tasks}
     too_long = {task_id: count for task_id, count in needed.items() if count > allowed}

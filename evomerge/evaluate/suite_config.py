@@ -29,6 +29,8 @@ from evomerge.strict_yaml import load_yaml
 
 # The scorer that a language model behind a network stands for.
 JUDGE = "judge"
+# What grades where lm-evaluation-harness does.
+HARNESS = "lm-eval"
 
 # The preset whose rubric a suite with a judge has that says nothing of one.
 _USUAL_RUBRIC = "jsonl-judge"
@@ -130,10 +132,58 @@ class RouterConfig(_Strict):
     leave_one_out: bool = True
 
 
+class HarnessTask(_Strict):
+    """A task or group of lm-evaluation-harness as an objective.
+
+    `metric` is a name and a filter as the harness's tables have them ("exact_match,strict-match"),
+    a name alone is that of the filter "none". `limit` is the number of documents.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    metric: Annotated[str, Field(min_length=1)] = "acc,none"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Annotated[int, Field(ge=1)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def metric_name(self) -> str:
+        """The metric without its filter."""
+        return self.metric.partition(",")[0]
+
+    @property
+    def filter(self) -> str:
+        """The filter of the answers that the metric is taken of."""
+        return self.metric.partition(",")[2] or "none"
+
+
+class HarnessConfig(_Strict):
+    """Tasks of lm-evaluation-harness, as a mergekit-evolve file lists them.
+
+    `include_path` is a folder of task files of one's own.
+    """
+
+    tasks: Annotated[tuple[HarnessTask, ...], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    include_path: str | None = None
+
+    @field_validator("include_path")
+    @classmethod
+    def _is_trusted(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and not (info.context or {}).get("trust_code"):
+            raise ValueError("task files may run code, which needs --trust-code")
+        return path
+
+
 class SuiteConfig(_Strict):
     """What a suite file, or the key `suite:` of a study, says.
 
     `like` (a preset's name or a suite file) gives every key that is not said here.
+
+    `harness` are tasks of lm-evaluation-harness, which need none of the keys for tables, prompts
+    and scorers.
 
     `data` is a table (JSONL, CSV, TSV, Parquet, XLSX) or a `DataSource`; `join` adds columns from a
     second one; `only` keeps the rows with these values. `id`, `input`, `reference` and `category`
@@ -160,6 +210,7 @@ class SuiteConfig(_Strict):
     scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
     rubric: RubricConfig | None = None
     data: Annotated[str, Field(min_length=1)] | DataSource | None = None
+    harness: HarnessConfig | None = None
     join: JoinConfig | None = None
     only: Mapping[str, str | int | tuple[str | int, ...]] = {}
     id: str | None = None
@@ -241,6 +292,8 @@ class SuiteConfig(_Strict):
             raise ValueError("chat: false leaves no use for chat_template; leave one of them out")
         if self.turns and (some := [name for name in self.weights if name in LIKELIHOOD_SCORERS]):
             raise ValueError(f"scorer {some[0]} grades the first turn alone; leave out turns")
+        if self.harness is not None and self.data is not None:
+            raise ValueError("harness brings its own tasks; leave out data")
         if len(self.turn_references) not in (0, len(self.turns)):
             raise ValueError(
                 f"turn_references: {len(self.turn_references)} columns for {len(self.turns)} "
@@ -251,6 +304,8 @@ class SuiteConfig(_Strict):
     @property
     def weights(self) -> Mapping[str, float]:
         """The weight of each scorer, by its name: one alone has the weight 1."""
+        if self.harness is not None:
+            return {HARNESS: 1.0}
         return {self.scorer: 1.0} if isinstance(self.scorer, str) else self.scorer
 
 
@@ -385,6 +440,7 @@ def _keys_at(location: tuple[int | str, ...]) -> Sequence[str]:
         "data": DataSource,
         "join": JoinConfig,
         "rubric": RubricConfig,
+        "harness": HarnessConfig,
         "by_category": GenerationConfig,
         "router": RouterConfig,
     }

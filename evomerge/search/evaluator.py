@@ -15,7 +15,7 @@ from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
-from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.evaluation import evaluation_of
 from evomerge.evaluate.graders import open_graders
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
@@ -72,7 +72,7 @@ class EngineEvaluator:
             self.by_disk_is_news = False
             why = self.engine.supports(recipe) or "the engine does not say why"
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
-        evaluation = Evaluation(self.engine, self.suite, self.graders)
+        evaluation = evaluation_of(self.engine, self.suite, self.graders)
         results = evaluation.begin(task_ids, attempt)
         end = time.perf_counter()
         self.split.switching += loaded - start

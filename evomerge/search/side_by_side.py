@@ -19,7 +19,7 @@ from evomerge.database import Database, can_be_read, open_database
 from evomerge.engine.base import Engine
 from evomerge.engine.live_models import LiveModels, LiveSettings
 from evomerge.errors import CandidateError
-from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.evaluation import evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
@@ -152,7 +152,7 @@ class SideBySide:
             shown.add(prompt)
             self.say(f"{one.name} reads the first task as\n{shown_prompt(prompt)}")
         check_prompt_lengths(engine, self.suite, tasks)
-        evaluation = Evaluation(engine, self.suite, self.graders)
+        evaluation = evaluation_of(engine, self.suite, self.graders)
         return evaluation.begin([task.id for task in tasks])
 
     def _finish(self, one: Contestant, future: Future[list[TaskResult]]) -> Measured:

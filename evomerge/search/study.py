@@ -162,6 +162,8 @@ def _suite_form(suite: object) -> str:
     return "inline" if isinstance(suite, Mapping | SuiteConfig) else "reference"
 
 
+# What a mergekit-evolve file says of its tasks; without a suite of ours they are the suite.
+_HARNESS_KEYS = ("tasks", "limit", "num_fewshot", "apply_chat_template", "fewshot_as_multiturn")
 # What a mergekit-evolve file says beside its genome: here a suite says it, and `sampler:`.
 _EVOLVE_KEYS = (
     *("tasks", "limit", "num_fewshot", "shuffle", "random_init"),
@@ -213,7 +215,8 @@ class StudyConfig(_Strict):
     def _takes_over_a_genome(cls, content: object, info: ValidationInfo) -> object:
         if not isinstance(content, Mapping) or content.get("genome") is None:
             return content
-        genome = _read_genome(content["genome"], (info.context or {}).get("folder", Path()))
+        folder = (info.context or {}).get("folder", Path())
+        genome = _read_genome(content["genome"], folder)
         if "search_space" in content:
             raise ValueError("search_space: genome says it already; leave one of them out")
         if content.get("random_init"):
@@ -223,6 +226,8 @@ class StudyConfig(_Strict):
             if content.get(key, value) not in (value, tuple(value)):
                 raise ValueError(f"{key}: genome says {value} already; leave it out")
         others = {key: value for key, value in content.items() if key not in _EVOLVE_KEYS}
+        if "suite" not in content and (harness := _harness_tasks(content, folder)):
+            others["suite"] = {"harness": harness}
         return {**others, **says, "genome": genome}
 
     @field_validator("study")
@@ -334,17 +339,25 @@ def study_from_mapping(
     return config
 
 
+def _harness_tasks(content: Mapping[Any, Any], folder: Path) -> Mapping[str, Any] | None:
+    """The tasks of a mergekit-evolve file, which the study is or names as its genome, if any."""
+    genome = content["genome"]
+    if not content.get("tasks") and isinstance(genome, str):
+        content = _content_of(folder / Path(genome).expanduser())
+    if not content.get("tasks"):
+        return None
+    return {key: content[key] for key in _HARNESS_KEYS if content.get(key) is not None}
+
+
 def _refuse_evolve_alone(content: Mapping[object, object], where: str) -> None:
     """Raises ConfigError where a mergekit-evolve file has nothing that makes it a study."""
-    needed = ("study", "suite", "budget")
-    missing = [key for key in needed if key not in content]
-    if "genome" not in content or len(missing) < len(needed):
+    if "genome" not in content or "study" in content or "budget" in content or "suite" in content:
         return
+    suite = "" if content.get("tasks") else ", suite: {scorer: …, data: TASKS.jsonl, …}"
     raise ConfigError(
-        f"{where}: this mergekit-evolve file says what is searched (genome, which is read as it "
-        "is), not on which tasks: those of lm-evaluation-harness are not run. Add "
-        "study: NAME, suite: {scorer: …, data: TASKS.jsonl, …} and budget: {trials: N} to it, or "
-        f"write them into a study file of their own beside genome: {Path(where).name}"
+        f"{where}: this mergekit-evolve file says what is searched (genome), and not how far. Add "
+        f"study: NAME{suite} and budget: {{trials: N}} to it, or write them into a study file of "
+        f"their own beside genome: {Path(where).name}"
     )
 
 
@@ -365,11 +378,16 @@ def _read_genome(genome: object, folder: Path) -> GenomeConfig:
 
 def _genome_in(path: Path) -> object:
     """The genome in a mergekit-evolve file, or in one that holds nothing else."""
+    content = _content_of(path)
+    return content.get("genome", content)
+
+
+def _content_of(path: Path) -> Mapping[Any, Any]:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"genome: {path} cannot be read as YAML: {error}") from error
-    return content["genome"] if isinstance(content, Mapping) and "genome" in content else content
+    return content if isinstance(content, Mapping) else {}
 
 
 def check_study_name(name: str, error: type[Exception] = ConfigError) -> None:
