@@ -61,7 +61,16 @@ def test_the_split_of_time_covers_all_of_it() -> None:
 
 
 def started() -> Started:
-    return Started("s", 0, 8, population=4, genes=2, search_tasks=3, holdout_tasks=1)
+    return Started(
+        study="s",
+        done=0,
+        total=8,
+        population=4,
+        genes=2,
+        search_tasks=3,
+        holdout_tasks=1,
+        tasks_per_candidate=3,
+    )
 
 
 def measured() -> Measured:
