@@ -120,6 +120,26 @@ def grades_by_candidate(
     return found
 
 
+def gate_counts(
+    connection: sql.Connection, study_id: int, candidate: str | None = None
+) -> tuple[int, dict[str, int]]:
+    """How many answers a study (or one candidate of it) has, and gate -> how many it closed for."""
+    query = (
+        sql.select(answers.c.gates, sql.func.count())
+        .where(answers.c.study_id == study_id)
+        .group_by(answers.c.gates)
+    )
+    if candidate is not None:
+        query = query.where(answers.c.candidate == candidate)
+    closed: dict[str, int] = {}
+    total = 0
+    for gates, number in connection.execute(query):
+        total += number
+        for gate in json.loads(gates or "[]"):
+            closed[gate] = closed.get(gate, 0) + number
+    return total, dict(sorted(closed.items()))
+
+
 def all_grades(
     connection: sql.Connection, study_id: int
 ) -> list[tuple[str, int, dict[str, float | None]]]:

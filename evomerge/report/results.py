@@ -160,6 +160,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         outcome_markdown(results.rows, results.tasks),
         _caution(results.tasks),
         *_judges(status),
+        *_gates(status),
         "## Where the time went\n",
         _time_table(results.seconds),
         "## How to repeat it\n",
@@ -214,6 +215,27 @@ def _judges(status: Mapping[str, Any]) -> list[str]:
     heading = "| judge | calls | prompt tokens | reply tokens | cost |\n|---|---:|---:|---:|---:|"
     note = "\nReplies that other studies had paid for already were taken from the ledger.\n"
     return ["## Judges\n", heading, *rows, note]
+
+
+def _gates(status: Mapping[str, Any]) -> list[str]:
+    """How many answers were wrong on their face: of all, and of the winner."""
+    gates = status["gates"]
+    winners = gates["best"]
+    rows = [
+        f"| {gate} | {number} of {gates['answers']} | "
+        f"{winners['closed'].get(gate, 0)} of {winners['answers']} |"
+        for gate, number in gates["closed"].items()
+    ]
+    if not rows:
+        return []
+    return [
+        "## Answers that are wrong on their face\n",
+        "| gate | all answers | the winner's |\n|---|---:|---:|",
+        *rows,
+        "\nlanguage: not in Japanese where that is asked for; repetition: a loop; length: cut, or "
+        "above 4000 characters; empty: no words. They change a grade only by `gates:` of the "
+        "suite.\n",
+    ]
 
 
 def _time_table(seconds: Mapping[str, float]) -> str:

@@ -18,6 +18,7 @@ from evomerge.evaluate.ledger import (
     Answered,
     all_grades,
     answered_by,
+    gate_counts,
     grades_by_candidate,
     record,
 )
@@ -115,6 +116,13 @@ class EventLog:
             return []
         with self._database.connect() as connection:
             return ledger_rows(connection, self._study_id, candidates, tasks)
+
+    def gate_counts(self, candidate: str | None = None) -> tuple[int, dict[str, int]]:
+        """How many answers the study or one candidate has, and how many each gate closed for."""
+        if self._study_id is None:
+            return 0, {}
+        with self._database.connect() as connection:
+            return gate_counts(connection, self._study_id, candidate)
 
     def judge_usage(self) -> list[JudgeUsage]:
         """What the study has paid its judges."""

@@ -162,6 +162,18 @@ def status_of(log: EventLog, storage: Path, name: str) -> dict[str, Any]:
         "seconds": {kind: round(spent, 3) for kind, spent in history.seconds.items()},
         "stopped": history.stopped,
         "judges": [asdict(usage) for usage in log.judge_usage()],
+        "gates": _gates(log, best),
+    }
+
+
+def _gates(log: EventLog, best: Best | None) -> dict[str, Any]:
+    """How many answers there are and gate -> how many it closed for: of all, and of the best."""
+    answers, closed = log.gate_counts()
+    of_best, closed_for_best = (0, {}) if best is None else log.gate_counts(best.label)
+    return {
+        "answers": answers,
+        "closed": closed,
+        "best": {"answers": of_best, "closed": closed_for_best},
     }
 
 

