@@ -23,7 +23,6 @@ from evomerge.resources import (
     PRESET_WORDS,
     PresetKind,
     locate,
-    locate_any,
     preset_file,
     preset_names,
     prompts_of,
@@ -446,7 +445,7 @@ def reproduce(
     """Build or search what a file describes, evaluate it, draw it, write its card and GGUF."""
     from evomerge.report.reproduction import is_mixture_file
 
-    path = locate_any(file, ("mixtures", "search_spaces"))
+    path = locate(file, "mixtures", "search_spaces")
     judge = eval_commands.judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
     if is_mixture_file(path):
         if trials is not None:

@@ -438,18 +438,11 @@ def _contestants(models: Sequence[str], inputs: InputModels) -> list[Contestant]
     """The models with their folders; every one that is not to be had is told at once."""
     from evomerge.search.side_by_side import Contestant
 
-    found: list[Contestant] = []
-    mistakes = [
-        f"{name}: is there twice" for name in dict.fromkeys(models) if models.count(name) > 1
-    ]
-    for name in models:
-        try:
-            found.append(Contestant(name, inputs.resolve(name)))
-        except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return found
+    twice = [f"{name}: is there twice" for name in dict.fromkeys(models) if models.count(name) > 1]
+    folders, wrong = inputs.resolve_all(models)
+    if twice or wrong:
+        raise ConfigError("\n".join([*twice, *map(str, wrong.values())]))
+    return [Contestant(name, folders[name]) for name in models]
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:

@@ -63,37 +63,35 @@ def is_bare_name(reference: str) -> bool:
     return not set(reference) & {".", "/", "\\"}
 
 
-def locate_any(reference: str, kinds: Sequence[PresetKind]) -> Path:
-    """The file that `reference` means: a preset's of one of `kinds`, or the path itself."""
-    for kind in kinds[:-1]:
-        if is_bare_name(reference) and reference in preset_names(kind):
-            return preset_file(reference, kind)
-    return locate(reference, kinds[-1])
-
-
-def locate(reference: str, kind: PresetKind) -> Path:
+def locate(reference: str, *kinds: PresetKind) -> Path:
     """The file that `reference` means: a preset's if it is a bare name, else the path itself.
 
-    The working directory is never searched for a bare name. Raises ConfigError where there is no
-    such preset or no such file.
+    The preset may be of any of `kinds`. The working directory is never searched for a bare name.
+    Raises ConfigError where there is no such preset or no such file.
     """
     if is_bare_name(reference):
-        return _preset(reference, kind)
+        return _preset(reference, kinds)
     path = Path(reference).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path}: this {PRESET_WORDS[kind]} file {what}")
+        raise ConfigError(f"{path}: this {_words(kinds)} file {what}")
     return path
 
 
-def _preset(name: str, kind: PresetKind) -> Path:
-    names = preset_names(kind)
-    if name in names:
-        return preset_file(name, kind)
-    near = difflib.get_close_matches(name, names, n=1)
+def _preset(name: str, kinds: Sequence[PresetKind]) -> Path:
+    names = [(each, kind) for kind in kinds for each in preset_names(kind)]
+    for each, kind in names:
+        if each == name:
+            return preset_file(name, kind)
+    known = [each for each, _ in names]
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    available = ", ".join(names) or "none"
+    available = ", ".join(known) or "none"
     raise ConfigError(
-        f"{name}: no {PRESET_WORDS[kind]} preset of this name; {hint}available: {available} "
+        f"{name}: no {_words(kinds)} preset of this name; {hint}available: {available} "
         f"(a file of yours is given with its suffix or folder, as ./{name}.yaml)"
     )
+
+
+def _words(kinds: Sequence[PresetKind]) -> str:
+    return " or ".join(PRESET_WORDS[kind] for kind in kinds)

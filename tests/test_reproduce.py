@@ -185,6 +185,17 @@ def test_a_study_is_searched_and_then_its_winner_evaluated_on_the_held_out_tasks
     assert "no radar chart" in ran.err
 
 
+def test_a_name_that_no_preset_has_is_told_with_those_there_are() -> None:
+    ran = run("reproduce", "elyza-moe-2x13")
+    assert ran.status == 2
+    assert "no mixture or study preset" in ran.err
+    assert "did you mean elyza-moe-2x13b?" in ran.err
+    assert "llm-jp-3-13b-task-arithmetic" in ran.err
+    ran = run("reproduce", "elyza-moe-2x13b")
+    assert ran.status == 2
+    assert "--data FILE names its tasks, too" in ran.err
+
+
 def test_what_only_reproduce_reads_makes_no_other_mixture() -> None:
     text = PRESET.read_text("utf-8")
     assert "reproduce:" in text

@@ -203,7 +203,9 @@ class Reproduction:
         """All steps. Raises ConfigError for what can be found wrong before the first one."""
         suite = self._check()
         inputs = InputModels(self.storage, dtype=self.live.dtype or "bfloat16", say=self.say)
-        known = {name: inputs.resolve(name) for name in self._names}
+        known, mistakes = inputs.resolve_all(self._names)
+        if mistakes:
+            raise ConfigError("\n".join(f"{self.file.path}: {one}" for one in mistakes.values()))
         if self.file.reproduce.gguf is not None:
             check_gguf_tokenizer(known[self.file.mixture.base_model])
         model = self._build(inputs, known)
@@ -243,7 +245,8 @@ class Reproduction:
                 trust_code=self.file.trusted,
             )
         except ConfigError as error:
-            raise ConfigError(f"{self.file.path}: {REPRODUCE}.suite: {error}") from error
+            hint = "" if self.data else "; --data FILE names its tasks, too"
+            raise ConfigError(f"{self.file.path}: {REPRODUCE}.suite: {error}{hint}") from error
         if needs_judge(suite) and self.judge is None:
             raise ConfigError(
                 f"{self.file.path}: {REPRODUCE}.judge: is missing, and the suite is graded by one; "
