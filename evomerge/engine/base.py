@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -162,6 +163,15 @@ class Engine(ABC):
         self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
         """Per prompt the log-probability (nats) of each of its tokens but the first."""
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing is asked of the engine in the block: others may have its GPU, where it can rest.
+
+        vLLM on a GPU can, in this process and started with `enable_sleep_mode`: its weights wait in
+        the host's memory, its KV cache is given up.
+        """
+        yield
 
     @abstractmethod
     def close(self) -> None:

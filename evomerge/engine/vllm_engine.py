@@ -184,6 +184,18 @@ class VLLMEngine(PlanningEngine):
         self._llm = None
         gc.collect()
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        llm = self._llm
+        if llm is None or not self.config.options.get("enable_sleep_mode"):
+            yield
+            return
+        llm.sleep(level=1)
+        try:
+            yield
+        finally:
+            llm.wake_up()
+
     def close(self) -> None:
         self._stop()
         remove_candidate(self.config.scratch)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -78,7 +79,8 @@ class Evaluation:
             # At once: the first turn is graded while the second is generated.
             for grader in self._graders.values():
                 requests = [_request(one, attempt) for one in now]
-                waiting.append((now, grader.grade_all(requests)))
+                with self._engine.resting() if grader.needs_gpu else nullcontext():
+                    waiting.append((now, grader.grade_all(requests)))
         pending = [future for _, future in waiting]
         return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
 

@@ -30,6 +30,11 @@ def check_graders(suite: Suite, judge: JudgeConfig | None) -> None:
         )
 
 
+def shares_gpu(suite: Suite, judge: JudgeConfig | None) -> bool:
+    """Whether a judge grades on the engine's own GPU, which they take in turns."""
+    return judge is not None and needs_judge(suite) and any(one.sleep for one in judge.servers)
+
+
 @contextmanager
 def open_graders(
     suite: Suite,

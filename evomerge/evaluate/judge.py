@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from evomerge.errors import CandidateError, RunError
 from evomerge.evaluate.judge_client import Account, JudgeClient, RefusedError, Reply
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
 from evomerge.evaluate.judge_reply import read_verdict
-from evomerge.evaluate.local_judge import served
+from evomerge.evaluate.local_judge import Sleeper, served
 from evomerge.evaluate.loop_thread import LoopThread
 from evomerge.evaluate.replies import Asked, Given, Known, Replies
 from evomerge.evaluate.rubric import Rubric
@@ -81,6 +81,8 @@ class Judge:
         self._seats = seats  # in the order of config.servers
         self._replies = replies
         self.low, self.high = float(rubric.low), float(rubric.high)
+        self._sleepers = [Sleeper(seat.server.base_url) for seat in seats if seat.server.sleep]
+        self.needs_gpu = bool(self._sleepers)
         self._clients: dict[Seat, JudgeClient] = {}
         self._calls: dict[str, asyncio.Task[_Opinion]] = {}
         self._thread: LoopThread | None = None
@@ -98,7 +100,20 @@ class Judge:
         if self._thread is None:
             # Not before it is needed: engines fork, which threads make unsafe.
             self._thread = LoopThread()
-        return self._thread.submit(self._grade_all(items, questions))
+        if not self._sleepers or self._all_known(questions):
+            return self._thread.submit(self._grade_all(items, questions))
+        with ExitStack() as asleep_again:
+            for sleeper in self._sleepers:
+                sleeper.wake()
+                asleep_again.callback(sleeper.sleep)
+            future = self._thread.submit(self._grade_all(items, questions))
+            wait([future])
+        return future
+
+    def _all_known(self, questions: Sequence[Sequence[_Question]]) -> bool:
+        keys = {each.asked.key for some in questions for each in some}
+        known = self._replies.look_up(list(keys))
+        return all(key in known and known[key].grade is not None for key in keys)
 
     def close(self) -> None:
         """Lets calls in flight arrive for some seconds, then ends all."""

@@ -49,7 +49,8 @@ class JudgeServer(_Strict):
 
     `model` at `base_url` with the key in the variable `api_key_env`, which servers on this machine
     do without; or `local`, a model that vLLM serves on this machine while it is needed, on GPU
-    number `gpu` (None: the one that vLLM takes).
+    number `gpu` (None: the one that vLLM takes). With `sleep` it has the candidates' GPU: it sleeps
+    while they answer, and they while it grades.
 
     `structured`: "json_schema" makes the server write JSON, "text" leaves it free, "auto" is the
     first where the server can. `reply_tokens` are the most of one reply, `timeout` the seconds that
@@ -63,6 +64,7 @@ class JudgeServer(_Strict):
     api_key_env: str | None = None
     local: Annotated[str, Field(min_length=1)] | None = None
     gpu: Annotated[int, Field(ge=0, strict=True)] | None = None
+    sleep: bool = False
     options: Mapping[str, object] = Field(default_factory=dict)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
     reply_tokens: _Count = 1024
@@ -128,7 +130,7 @@ class JudgeServer(_Strict):
         for key in ("base_url", "api_key_env"):
             if self.local is not None and key in self.model_fields_set:
                 raise ValueError(f"{key}: a local judge has none; leave it out")
-        for key in ("gpu", "options"):
+        for key in ("gpu", "options", "sleep"):
             if self.local is None and key in self.model_fields_set:
                 raise ValueError(f"{key}: is for a local judge (local: MODEL) alone")
         if self.local is None and self.api_key_env is None and not self.on_this_machine:
@@ -136,6 +138,8 @@ class JudgeServer(_Strict):
                 f"api_key_env: is missing; name the variable with the key of {self.host}, "
                 "as api_key_env: OPENAI_API_KEY"
             )
+        if self.sleep and self.gpu is not None:
+            raise ValueError("sleep: is for a judge on the candidates' GPU; leave out gpu or sleep")
         if self.max_cost is not None and self.prices is None:
             raise ValueError("max_cost: needs prices: {input: …, output: …} per million tokens")
         return self

@@ -12,15 +12,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import httpx
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.judge_config import JudgeServer
 
 _SERVED_NAME = "judge"
+_NO_SLEEP = "Sleep mode is not supported"  # in vLLM's words
+_LONGEST_WAKING_SECONDS = 300.0
 _LONGEST_START_SECONDS = 1800.0
 _LONGEST_END_SECONDS = 30.0
 _LINES_TOLD = 15
@@ -69,10 +72,37 @@ def served(server: JudgeServer, folder: Path, say: Callable[[str], None]) -> Ite
         )
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/health", server, written)
+            if server.sleep:
+                Sleeper(url).sleep()
             update = {"model": _SERVED_NAME, "local": None, "base_url": url}
             yield server.model_copy(update=update)
         finally:
             _end(process)
+
+
+@dataclass(frozen=True)
+class Sleeper:
+    """A server of vLLM that gives its GPU up while nobody needs it; `url` is its API's."""
+
+    url: str
+
+    def sleep(self) -> None:
+        """Its weights go to the host's memory, its KV cache is given up. Raises RunError."""
+        self._post("sleep", {"level": "1"})
+
+    def wake(self) -> None:
+        """It can be asked again. Raises RunError."""
+        self._post("wake_up", {})
+
+    def _post(self, route: str, query: Mapping[str, str]) -> None:
+        address = f"{self.url.removesuffix('/v1')}/{route}"
+        try:
+            answer = httpx.post(
+                address, params=query, timeout=_LONGEST_WAKING_SECONDS, trust_env=False
+            )
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise RunError(f"judge: sleep: {address}: {error}") from error
 
 
 def _command(server: JudgeServer, folder: Path, port: int) -> list[str]:
@@ -86,6 +116,7 @@ def _command(server: JudgeServer, folder: Path, port: int) -> list[str]:
         "port": str(port),
     }
     command = ["-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--enable-sleep-mode"] if server.sleep else []
     for name, value in (arguments | dict(server.options)).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -97,7 +128,9 @@ def _command(server: JudgeServer, folder: Path, port: int) -> list[str]:
 
 def _environment(server: JudgeServer) -> Mapping[str, str]:
     chosen = {} if server.gpu is None else {"CUDA_VISIBLE_DEVICES": str(server.gpu)}
-    return os.environ | chosen
+    # vLLM has its routes for sleeping among those for development; it listens on loopback alone.
+    routes = {"VLLM_SERVER_DEV_MODE": "1"} if server.sleep else {}
+    return os.environ | chosen | routes
 
 
 def _wait_until_ready(
@@ -114,9 +147,14 @@ def _wait_until_ready(
         except httpx.TransportError:
             pass
         time.sleep(0.25)
+    said = _last_lines(written)
+    if server.sleep and _NO_SLEEP in said:
+        raise ConfigError(
+            "judge: sleep: vLLM cannot give up memory on this machine; it can on NVIDIA and AMD "
+            "GPUs. Leave sleep out, and let both models have their share of the memory"
+        )
     raise ConfigError(
-        f"judge: local: vLLM does not serve {server.local}; the end of what it wrote:\n"
-        f"{_last_lines(written)}"
+        f"judge: local: vLLM does not serve {server.local}; the end of what it wrote:\n{said}"
     )
 
 

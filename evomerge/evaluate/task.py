@@ -101,10 +101,12 @@ class GradeRequest:
 class Grader(Protocol):
     """Grades answers elsewhere, while the engine goes on: a judge behind a network.
 
-    Grades lie in [low, high]; higher is better.
+    Grades lie in [low, high]; higher is better. `needs_gpu`: it works on the engine's own GPU, for
+    as long as `grade_all` takes: then the engine rests, and the future is done at once.
     """
 
     name: str
+    needs_gpu: bool
     low: float
     high: float
 

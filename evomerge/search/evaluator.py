@@ -16,7 +16,7 @@ from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluate.evaluation import evaluation_of
-from evomerge.evaluate.graders import open_graders
+from evomerge.evaluate.graders import open_graders, shares_gpu
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
@@ -161,6 +161,7 @@ def _open_engine(study: ResolvedStudy, split: TimeSplit) -> Iterator[Engine]:
 def engine_config(study: ResolvedStudy) -> EngineConfig:
     """What the engine of a study is started with."""
     settings = study.config.engine
+    turns = shares_gpu(study.suite, study.config.judge)
     return EngineConfig(
         model=str(study.base),
         sources=tuple(dict.fromkeys(str(folder) for folder in (study.base, *study.models))),
@@ -170,5 +171,5 @@ def engine_config(study: ResolvedStudy) -> EngineConfig:
         threads=settings.threads,
         url=settings.url,
         scratch=str(study.directory / SCRATCH),
-        options=settings.options,
+        options=settings.options | ({"enable_sleep_mode": True} if turns else {}),
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from evomerge.database import check_writable
 from evomerge.engine import vllm_is_installed
 from evomerge.errors import ConfigError
-from evomerge.evaluate.graders import check_graders, needs_judge
+from evomerge.evaluate.graders import check_graders, needs_judge, shares_gpu
 from evomerge.evaluate.suite import Suite, Task, load_suite, split_holdout
 from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
@@ -101,6 +101,7 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
         config, lambda: load_suite(config.suite, config.folder, trust_code=config.trust_code)
     )
     _in_file(config, lambda: check_graders(suite, config.judge))
+    _check_turns(config, suite)
     search, holdout = _split(config, suite)
     base, *models = _model_folders(config, storage)
     checkpoints = {str(folder): Checkpoint.open(folder) for folder in (base, *models)}
@@ -146,6 +147,17 @@ def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
         for key in dict.fromkeys((*before, *now))
         if before.get(key) != now.get(key)
     ]
+
+
+def _check_turns(config: StudyConfig, suite: Suite) -> None:
+    """Raises ConfigError where the judge is to have the GPU of an engine that cannot rest."""
+    engine = config.engine
+    rests = engine_name(engine.name) == "vllm" and engine.url is None and engine.repeatable
+    if shares_gpu(suite, config.judge) and not rests:
+        raise ConfigError(
+            f"{config.where}: judge.sleep: takes turns with vLLM in this process alone: "
+            "engine: {name: vllm, repeatable: true} without url; leave sleep out, or change that"
+        )
 
 
 def _split(config: StudyConfig, suite: Suite) -> tuple[Sequence[Task], Sequence[Task]]:

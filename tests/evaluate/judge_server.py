@@ -51,7 +51,8 @@ class ScriptedJudge:
 
     `takes_schema` False: requests with a response_format are refused, as by servers that know none.
     `prompts` are those that were replied to, in their order: the calls that are paid. `upstream`:
-    another server's URL, which then replies to what is no fault.
+    another server's URL, which then replies to what is no fault. `turns`: what it was told about
+    sleeping.
     """
 
     reply: Callable[[str], str] = grade_in_prompt
@@ -65,6 +66,7 @@ class ScriptedJudge:
     headers: list[dict[str, str]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
+    turns: list[str] = field(default_factory=list)
     url: str = ""
     upstream: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -103,6 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         judge = self.judge
+        if self.path.startswith(("/sleep", "/wake_up")):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            judge.turns.append(f"{self.path} after {len(judge.prompts)}")
+            self._send(200, "{}")
+            return
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with judge.lock:
             judge.requests.append(request)

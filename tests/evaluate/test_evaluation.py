@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,7 @@ class LateGrader:
 
     name = "judge"
     low, high = 1.0, 5.0
+    needs_gpu = False
 
     def __init__(self) -> None:
         self.asked: list[tuple[GradeRequest, ...]] = []
@@ -119,6 +121,31 @@ def test_one_scorer_alone_keeps_its_own_range() -> None:
     )
     judge.give(0, 4.0)
     assert future.result()[0].grade == 4.0
+
+
+def test_the_engine_rests_while_a_judge_has_its_gpu() -> None:
+    events: list[str] = []
+
+    class RestingEngine(CountingEngine):
+        @contextmanager
+        def resting(self) -> Iterator[None]:
+            events.append("rests")
+            yield
+            events.append("is back")
+
+    class GraderOnTheGpu(LateGrader):
+        needs_gpu = True
+
+        def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
+            events.append("judge")
+            future = super().grade_all(items)
+            self.give(len(self.asked) - 1, 4.0)
+            return future
+
+    suite = suite_of(ONE, scorer="judge")
+    for grader in (GraderOnTheGpu(), LateGrader()):
+        Evaluation(RestingEngine(), suite, {"judge": grader}).begin(["one"])
+    assert events == ["rests", "judge", "is back"]
 
 
 def test_answers_are_all_there_before_a_judge_has_graded_them() -> None:

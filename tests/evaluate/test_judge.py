@@ -18,8 +18,9 @@ import sqlalchemy as sql
 
 from evomerge.database import open_database
 from evomerge.errors import CandidateError, ConfigError, RunError
-from evomerge.evaluate.judge import Judge, Rubric, open_judge
+from evomerge.evaluate.judge import Judge, Rubric, Seat, open_judge
 from evomerge.evaluate.judge_config import judge_from_mapping
+from evomerge.evaluate.replies import Replies
 from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task
 from evomerge.schema import replies
 from tests.evaluate import judge_server as faults
@@ -370,6 +371,30 @@ def test_a_judge_that_is_not_there_is_wrong_input(server: ScriptedJudge, tmp_pat
         opening(server, tmp_path, base_url=server.url.removesuffix("/v1")).__enter__()
     with opening(server, tmp_path):  # the one token that it was asked for
         assert server.requests[-1]["max_tokens"] == 1
+
+
+def test_a_judge_on_the_engines_gpu_is_awake_while_it_grades(
+    server: ScriptedJudge, tmp_path: Path
+) -> None:
+    asked = judge_from_mapping({"model": faults.MODEL, "base_url": server.url}, "study.yaml").first
+    asleep = asked.model_copy(update={"sleep": True})  # as `served` hands it on
+    seat = Seat("judge", asleep, None, {})
+    judge = Judge(
+        judge_from_mapping({"local": "m", "sleep": True}, "study.yaml"),
+        RUBRIC,
+        [seat],
+        Replies(lambda: open_database(tmp_path), None),
+    )
+    try:
+        assert judge.needs_gpu
+        found = judge.grade_all(requests(3))
+        assert found.done()
+        assert [one.grade for one in found.result()] == [1, 2, 3]
+        # What is known needs nobody awake.
+        assert [one.grade for one in judge.grade_all(requests(3)).result(60)] == [1, 2, 3]
+    finally:
+        judge.close()
+    assert server.turns == ["/wake_up after 0", "/sleep?level=1 after 3"]
 
 
 KILLED = """

@@ -86,6 +86,14 @@ def test_a_suite_with_a_judge_needs_one_named(study: Study, tmp_path: Path) -> N
         resolve_study(study(suite=SUITE), tmp_path)
 
 
+def test_a_judge_takes_turns_with_an_engine_that_can_rest_alone(
+    study: Study, tmp_path: Path
+) -> None:
+    judge = {"local": "m", "sleep": True}
+    with pytest.raises(ConfigError, match=r"study\.yaml: judge\.sleep: takes turns with vLLM in"):
+        resolve_study(study(suite=SUITE, judge=judge), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("judge", "complaint"),
     [
@@ -100,6 +108,10 @@ def test_a_suite_with_a_judge_needs_one_named(study: Study, tmp_path: Path) -> N
             "judge.finalists.grading: unknown key; did you mean 'gradings'?",
         ),
         ({"local": "m", "temperature": 3}, "judge.temperature: Input should be less than"),
+        (
+            {"local": "m", "sleep": True, "gpu": 1},
+            "judge: sleep: is for a judge on the candidates'",
+        ),
         ({"local": "m", "max_tokens": 3}, "judge: max_tokens: say reply_tokens for the length"),
     ],
     ids=str,

@@ -10,10 +10,12 @@ from typing import Any
 import psutil
 import pytest
 import sqlalchemy as sql
+import torch
 import yaml
 
 from evomerge.cli import main
 from evomerge.database import open_database
+from evomerge.errors import ConfigError
 from evomerge.evaluate.judge import Rubric, open_judge
 from evomerge.evaluate.judge_config import judge_from_mapping
 from evomerge.evaluate.local_judge import served
@@ -134,6 +136,18 @@ def test_faults_in_front_of_a_real_judge_change_no_grade(judge_model: Path, tmp_
         assert found == grades(reached.base_url, tmp_path / "direct")
     assert None not in found
     assert len(set(found)) > 1
+
+
+def test_a_judge_that_cannot_sleep_here_is_wrong_input(judge_model: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    server = judge_from_mapping({"local": str(judge_model), "sleep": True, **LOCAL}, "x").first
+    with (
+        pytest.raises(ConfigError, match="judge: sleep: vLLM cannot give up memory on this"),
+        served(server, tmp_path, lambda line: None),
+    ):
+        pass
+    assert _servers() == []
 
 
 def _servers() -> list[psutil.Process]:
