@@ -659,6 +659,8 @@ def _print_results(results: Results) -> None:
     from evomerge.report.table import outcome_table
 
     Console().print(outcome_table(results.rows, results.tasks))
+    for line in results.certainty:
+        print(line)
     for words, seconds, share in time_split(results.seconds):
         print(f"{words:<24} {seconds:8.1f} s {share:6.1%}")
     for what, path in (
@@ -734,7 +736,7 @@ def _status_text(found: Mapping[str, Any]) -> str:
     best = found["best"]
     lines = [
         f"study   {found['study']}: {found['state']}",
-        f"trials  {len(found['trials'])} of {found['budget']['trials']}",
+        f"trials  {len(found['trials'])}{_of_budget(found['budget'])}",
         f"best    {_number(best and best['score'])}",
     ]
     if found["stopped"]:
@@ -744,6 +746,12 @@ def _status_text(found: Mapping[str, Any]) -> str:
         lines[-1] += f" ({best['source']}{where})"
         lines.append(f"recipe  {best['config']}")
     return "\n".join(lines)
+
+
+def _of_budget(budget: Mapping[str, Any]) -> str:
+    if budget["trials"] is not None:
+        return f" of {budget['trials']}"
+    return f" ({budget['spent']} of {budget['task_evaluations']} task evaluations)"
 
 
 def _number(score: float | None) -> str:

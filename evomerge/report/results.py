@@ -14,6 +14,7 @@ from evomerge.merge.inputs import InputModels
 from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_as_output
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
+from evomerge.report.certainty import certainty_lines, certainty_markdown
 from evomerge.report.table import Row, outcome_markdown, outcome_rows, score_text
 from evomerge.search.log import begun_with
 from evomerge.search.status import BEST_FILE, study_status, trial_recipe
@@ -23,6 +24,13 @@ from evomerge.search.timing import overhead_share
 
 MODEL_FOLDER = "model"
 REPORT_FILE = "report.md"
+
+_SOURCES = {
+    "mean": "a mean of the distribution that candidates were drawn from",
+    "peak": "where a Gaussian process over all candidates is highest",
+    "model": "one of the models, as it is",
+    "uniform": "a uniform merge",
+}
 
 _KINDS = {
     "engine": "starting the engine",
@@ -45,6 +53,7 @@ class Results:
     rows: list[Row]
     tasks: tuple[int, int]
     seconds: Mapping[str, float]
+    certainty: list[str]
 
 
 def export_model(
@@ -95,6 +104,7 @@ def _write_results(storage: Path, name: str, say: Callable[[str], None]) -> Resu
         rows=outcome_rows(status),
         tasks=(len(begun["search_tasks"]), len(begun["holdout_tasks"])),
         seconds=status["seconds"],
+        certainty=certainty_lines(status["outcome"]),
     )
     write_whole(results.report, _report(status, begun, results))
     return results
@@ -143,7 +153,7 @@ def _origin(storage: Path, name: str, number: int | None) -> str:
     )
     if outcome["holdout"] is not None:
         scores += f", {score_text(outcome['holdout']['evolved'])} on held-out tasks"
-    return f"{origin} (study `{name}`): {scores}."
+    return " ".join([f"{origin} (study `{name}`): {scores}.", *certainty_lines(outcome)])
 
 
 def _is_model_of(model: Path, recipe: Recipe) -> bool:
@@ -159,6 +169,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         "## Scores\n\nMean grade; higher is better.\n",
         outcome_markdown(results.rows, results.tasks),
         _caution(results.tasks),
+        certainty_markdown(status["outcome"]),
         *_judges(status),
         *_gates(status),
         "## Where the time went\n",
@@ -179,7 +190,7 @@ def _summary(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
     models = ", ".join(f"`{name}`" for name in study["models"])
     space = study["genome"] if study.get("genome") else study["search_space"]
     best = status["best"]
-    winner = f"trial {best['number']}" if best["source"] == "trial" else f"the {best['source']}"
+    winner = f"trial {best['number']}" if best["source"] == "trial" else _SOURCES[best["source"]]
     failed = sum(trial["state"] == "failed" for trial in status["trials"])
     lines = [
         f"{space['merge_method']} of {models} over `{study['base_model']}`, "
@@ -193,11 +204,11 @@ def _summary(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
 def _caution(tasks: tuple[int, int]) -> str:
     if tasks[1]:
         return (
-            "The winner was chosen by its score on the search tasks, which is therefore biased "
-            "upward; the held-out tasks had no say in the search.\n"
+            "The winner was searched and chosen on the search tasks, so its score there may "
+            "flatter it; the held-out tasks had no say in the search.\n"
         )
     return (
-        "The winner was chosen and is shown on the same tasks: its score is biased upward. "
+        "The winner was searched, chosen and is shown on the same tasks: its score flatters it. "
         "`holdout: 0.3` in the study file keeps tasks apart.\n"
     )
 
@@ -251,8 +262,10 @@ def _time_table(seconds: Mapping[str, float]) -> str:
 
 def _how_to_repeat(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in begun["versions"].items())
+    trials = status["budget"]["trials"]
+    total = "" if trials is None else f" --trials {trials}"
     return (
         f"With the file that the study came from ({shlex.quote(begun['folder'])}), in an empty "
-        f"storage:\n\n    evomerge search FILE --seed {begun['study']['sampler']['seed']} "
-        f"--trials {status['budget']['trials']}\n\nVersions: {versions}.\n"
+        f"storage:\n\n    evomerge search FILE --seed {begun['study']['sampler']['seed']}"
+        f"{total}\n\nVersions: {versions}.\n"
     )

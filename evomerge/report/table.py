@@ -19,7 +19,7 @@ class Row:
 
 
 def outcome_rows(status: Mapping[str, Any]) -> list[Row]:
-    """The rows base, each model, uniform, evolved of a finished study's `status --json`."""
+    """The rows base, each model, uniform merges, evolved of a finished study's `status --json`."""
     search = status["outcome"]["search"]
     holdout = status["outcome"]["holdout"] or {}
     held_out_models = holdout.get("models", {})
@@ -27,8 +27,18 @@ def outcome_rows(status: Mapping[str, Any]) -> list[Row]:
         Row("base", search["base"], holdout.get("base")),
         *(Row(name, score, held_out_models.get(name)) for name, score in search["models"].items()),
         Row("uniform merge", search["uniform"], holdout.get("uniform")),
+        *_best_uniform(search, holdout),
         Row("evolved merge", search["evolved"], holdout.get("evolved")),
     ]
+
+
+def _best_uniform(search: Mapping[str, Any], holdout: Mapping[str, Any]) -> list[Row]:
+    """The best uniform merge of a sweep of scales, unless it is the plain one."""
+    best = search.get("uniform_best")
+    if best is None or best["score"] == search["uniform"]:
+        return []
+    name = f"uniform merge, all {best['scale']:g}"
+    return [Row(name, best["score"], holdout.get("uniform_best", {}).get("score"))]
 
 
 def outcome_table(rows: Sequence[Row], tasks: tuple[int, int]) -> Table:

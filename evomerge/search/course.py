@@ -7,7 +7,7 @@ asks for, writes what it says, and asks again. So a search that is resumed takes
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -38,7 +38,7 @@ _SWEEP_DRAW = -1
 class Unit:
     """Tasks that one candidate is to answer in one go; `answered` ones of its part came before.
 
-    `number` and `block` are those of a trial.
+    `number` and `block` are those of a trial; `whole`: with it the trial has all its tasks.
     """
 
     label: str
@@ -48,6 +48,7 @@ class Unit:
     answered: int = 0
     number: int | None = None
     block: int | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,12 @@ class Course:
         """The first tasks of all candidates, then the rest of those worth it."""
         tasks = tuple(self._history.tasks[block] or self._plan.tasks)
         first = self._first_tasks(block, tasks)
-        step = self._measure(*self._trials(block, first))
-        if step is not None or len(first) == len(tasks):
+        whole = len(first) == len(tasks)
+        step = self._measure(*self._trials(block, first, whole))
+        if step is not None or whole:
             return step
         stops = self._stops(block, first, len(tasks))
-        return _write(*stops) if stops else self._measure(*self._trials(block, tasks))
+        return _write(*stops) if stops else self._measure(*self._trials(block, tasks, True))
 
     def _first_tasks(self, block: int, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The tasks after which a candidate may be stopped; all, where it cannot."""
@@ -207,11 +209,13 @@ class Course:
         categories = {task: self._plan.categories[task] for task in tasks}
         return draw_tasks(categories, number, self._plan.seed, _SWEEP_DRAW - 1 - block)
 
-    def _trials(self, block: int, tasks: Sequence[str]) -> list[Unit | None]:
-        return [
-            self._unit(trial_label(number), "search", tasks, number=number, block=block)
-            for number in self._history.generations[block]
-        ]
+    def _trials(self, block: int, tasks: Sequence[str], whole: bool) -> list[Unit | None]:
+        units = []
+        for number in self._history.generations[block]:
+            label = trial_label(number)
+            unit = None if label in self._history.futile else self._unit(label, "search", tasks)
+            units.append(unit and replace(unit, number=number, block=block, whole=whole))
+        return units
 
     def _stops(self, block: int, first: Sequence[str], planned: int) -> list[Event]:
         """Who is stopped after the first tasks and not yet known to be."""
@@ -258,7 +262,7 @@ class Course:
         for attempt in range(1, plan.attempts + 1):
             runners = race.runners(attempt)
             step = self._measure(
-                *(self._unit(label, "selection", plan.tasks, attempt=attempt) for label in runners)
+                *(self._unit(label, "selection", plan.tasks, attempt) for label in runners)
             )
             if step is not None:
                 return step
@@ -287,23 +291,12 @@ class Course:
             *(self._unit(label, "holdout", plan.holdout) for label in shown),
         )
 
-    def _unit(
-        self,
-        label: str,
-        part: Part,
-        tasks: Sequence[str],
-        *,
-        attempt: int = 0,
-        number: int | None = None,
-        block: int | None = None,
-    ) -> Unit | None:
-        """What is left of these tasks for a candidate; None where nothing is, or it is over."""
-        history = self._history
-        stopped = number is not None and label in history.futile
-        missing = history.missing(label, attempt, tasks)
-        if history.has_failed(label, part) or stopped or not missing:
+    def _unit(self, label: str, part: Part, tasks: Sequence[str], attempt: int = 0) -> Unit | None:
+        """What is left of these tasks for a candidate; None where nothing is, or it has failed."""
+        missing = self._history.missing(label, attempt, tasks)
+        if self._history.has_failed(label, part) or not missing:
             return None
-        return Unit(label, part, missing, attempt, len(tasks) - len(missing), number, block)
+        return Unit(label, part, missing, attempt, len(tasks) - len(missing))
 
     def _measure(self, *units: Unit | None) -> Measure | None:
         wanted = tuple(unit for unit in units if unit is not None)

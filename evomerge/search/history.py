@@ -115,10 +115,21 @@ class History:
             return None
         return math.fsum(grade for grade in grades if grade is not None) / len(grades)
 
-    def trials_measured(self) -> int:
-        """How many trials have at least a score or a failure."""
-        ended = {label for label, part in (*self.scores, *self.failures) if part == "search"}
-        return sum(trial_label(number) in ended for number in self.genomes)
+    def trials_ended(self) -> int:
+        """How many trials are told, or have all their answers, or were stopped, or failed."""
+        if not self.generations:
+            return 0
+        last = max(self.generations)
+        told = sum(len(self.generations[block]) for block in self.told)
+        return told if last in self.told else told + sum(self._ended(last))
+
+    def _ended(self, block: int) -> list[bool]:
+        tasks = self.tasks[block] or (self.begun or {}).get("search_tasks", ())
+        labels = [trial_label(number) for number in self.generations[block]]
+        return [
+            self.has_failed(label) or label in self.futile or not self.missing(label, 0, tasks)
+            for label in labels
+        ]
 
     def _on_begun(self, payload: Payload) -> None:
         self.begun = payload

@@ -25,7 +25,7 @@ from evomerge.search.names import COURSE
 from evomerge.search.plan import Budget, Plan, check_budget
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
 from evomerge.search.runner import Runner
-from evomerge.search.status import BEST_FILE, Best, best_so_far, describe, status_of, winner_of
+from evomerge.search.status import BEST_FILE, Best, best_so_far, describe, logged_status, winner_of
 from evomerge.search.storage import (
     STUDY_FILE,
     database_env_of,
@@ -87,7 +87,8 @@ def run_search(
         _refuse_changes(study, history)
         # Once for all: recipes' files may change, and other studies go on.
         warm = history.begun.get("warm_start", {}) if history.begun else warm_starts(study)
-        plan, budget = plan_of(study, warm), _budget(config, history, trials)
+        budget = _budget(config, history, trials)
+        plan = plan_of(study, warm, budget)
         check_budget(plan, budget, f"{config.where}: budget")
         if log is None or not _is_finished(history, plan, budget):
             bench = stack.enter_context(Bench.opened(open_evaluator, study, report))
@@ -147,7 +148,7 @@ def _started(opened: _Opened, history: History, total: int) -> Started:
     study, plan = opened.study, opened.plan
     return Started(
         study=study.name,
-        done=history.trials_measured(),
+        done=history.trials_ended(),
         total=total,
         population=plan.population,
         genes=study.space.dimension,
@@ -290,6 +291,6 @@ def _outcome(study: ResolvedStudy, log: EventLog) -> Outcome:
     return Outcome(
         status=status_of(log, study.storage, study.name),
         winner=winner,
-        recipe=candidate_of(study.space, history, winner.label).recipe,
+        recipe=candidate_of(study.space, log.history, winner.label).recipe,
         directory=study.directory,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from evomerge.search.events import Event
 from evomerge.search.history import History, Measurement
 from evomerge.search.log import EventLog, Log, MemoryLog, begun_with
 from evomerge.search.names import COURSE, SamplerName, resolved_sampler
-from evomerge.search.plan import Budget, Plan, check_budget
+from evomerge.search.plan import Budget, Plan, check_budget, with_tasks_for
 from evomerge.search.resolve import what_changed
 from evomerge.search.samplers import Scaling
 from evomerge.search.storage import held
@@ -130,9 +130,7 @@ def _plan(
     plan = Plan(**{**asked, **settings})
     if "tasks_per_candidate" in settings:
         return plan
-    left = budget - plan.start_cost - plan.end_cost
-    number = defaults.tasks_per_candidate(tasks, plan.population, left)
-    return replace(plan, tasks_per_candidate=number)
+    return with_tasks_for(plan, Budget(task_evaluations=budget))
 
 
 def _bounds(bounds: Bounds, dimension: int) -> tuple[Genome, Genome]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evomerge.errors import ConfigError
+from evomerge.search import defaults
 from evomerge.search.names import SamplerName
 from evomerge.search.samplers import Scaling
 from evomerge.space import Genome
@@ -108,6 +109,15 @@ class Plan:
         uniforms = min(2, len(self.sweep)) + 1  # and the winner
         whole = uniforms * len(self.tasks)
         return whole + (len(self.references) + uniforms) * len(self.holdout)
+
+
+def with_tasks_for(plan: Plan, budget: Budget) -> Plan:
+    """The plan with as many tasks for each candidate as suit the budget."""
+    left = None
+    if budget.task_evaluations is not None:
+        left = budget.task_evaluations - plan.start_cost - plan.end_cost
+    number = defaults.tasks_per_candidate(len(plan.tasks), plan.population, left)
+    return replace(plan, tasks_per_candidate=number)
 
 
 def check_budget(plan: Plan, budget: Budget, where: str) -> None:

@@ -143,7 +143,8 @@ class Runner:
             self._stop(str(error), [])
         self._log_end(event)
         self._notice(unit)
-        self._report(self._story(unit))
+        if unit.whole or event.kind == "failed":
+            self._report(self._story(unit, event))
 
     def _success(self, unit: Unit, recipe: Recipe, results: Sequence[TaskResult]) -> Event:
         """The event of a whole unit. Raises CandidateError where no answer could be graded."""
@@ -267,26 +268,28 @@ class Runner:
         titles |= {warm_label(index): start for index, start in enumerate(config.warm_start)}
         return titles.get(label, label)
 
-    def _story(self, unit: Unit) -> Measured:
-        key = (unit.label, unit.part)
-        measurement = self._history.scores.get(key)
-        best = self._best
+    def _story(self, unit: Unit, event: Event) -> Measured:
+        """What happened with a trial in all its units, with others in this one."""
+        history, ended, best = self._history, event.payload, self._best
+        measurement = history.scores.get((unit.label, "search"))
+        if unit.number is not None and measurement is not None and "score" in ended:
+            ended = vars(measurement)
         return Measured(
             candidate=unit.label,
             title=self._title(unit.label),
             part=unit.part,
             number=unit.number,
             generation=unit.block,
-            score=self._history.score(*key),
-            reason=self._history.failures.get(key),
-            tasks=measurement.tasks if measurement else 0,
-            unscored=measurement.unscored if measurement else 0,
-            cut=measurement.cut if measurement else 0,
+            score=ended.get("score"),
+            reason=ended.get("reason"),
+            tasks=ended.get("tasks", 0),
+            unscored=ended.get("unscored", 0),
+            cut=ended.get("cut", 0),
             max_tokens=self._study.suite.config.max_tokens,
-            seconds=measurement.seconds if measurement else {},
+            seconds=ended["seconds"] if "score" in ended else {},
             best_score=best.score if best else None,
             best_number=best.number if best else None,
-            done=self._history.trials_measured(),
+            done=history.trials_ended(),
             total=self._total,
         )
 

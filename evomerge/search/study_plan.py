@@ -8,13 +8,15 @@ import numpy as np
 
 from evomerge.search.candidates import BASE, UNIFORM, model_label, uniform_label
 from evomerge.search.defaults import sweep_scales, sweep_tasks
-from evomerge.search.plan import Plan
+from evomerge.search.plan import Budget, Plan, with_tasks_for
 from evomerge.search.resolve import ResolvedStudy
 from evomerge.search.samplers import Scaling
 from evomerge.space import Genome, SearchSpace
 
 
-def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]]) -> Plan:
+def plan_of(
+    study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: Budget
+) -> Plan:
     """What the course of the study's search depends on; `warm` are its warm starts by name.
 
     A study of course 0 is searched as it was then: all tasks, no sweep, the best observed wins.
@@ -25,7 +27,7 @@ def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]]) -> Plan:
     sweep = {UNIFORM: space.clip(space.uniform(1 / len(space.models)))}
     if not old:
         sweep |= {uniform_label(scale): space.uniform(scale) for scale in scales_of(study)}
-    return Plan(
+    plan = Plan(
         sampler=study.sampler,
         start=space.start,
         sigma0=study.sigma0,
@@ -46,6 +48,7 @@ def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]]) -> Plan:
         futility_stop=config.futility_stop and not old,
         attempts=0 if old else config.selection.attempts,
     )
+    return with_tasks_for(plan, budget) if config.tasks_per_candidate is None and not old else plan
 
 
 def scales_of(study: ResolvedStudy) -> Sequence[float]:
