@@ -25,7 +25,7 @@ from evomerge.search.names import COURSE
 from evomerge.search.plan import Budget, Plan, check_budget
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
 from evomerge.search.runner import Runner
-from evomerge.search.status import BEST_FILE, Best, best_so_far, describe, logged_status, winner_of
+from evomerge.search.status import BEST_FILE, Best, best_so_far, describe, status_of, winner_of
 from evomerge.search.storage import (
     STUDY_FILE,
     database_env_of,

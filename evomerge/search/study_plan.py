@@ -14,9 +14,7 @@ from evomerge.search.samplers import Scaling
 from evomerge.space import Genome, SearchSpace
 
 
-def plan_of(
-    study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: Budget
-) -> Plan:
+def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: Budget) -> Plan:
     """What the course of the study's search depends on; `warm` are its warm starts by name.
 
     A study of course 0 is searched as it was then: all tasks, no sweep, the best observed wins.
