@@ -766,7 +766,7 @@ class _TaskVectors:
 
         def mask(delta: Tensor, start: int) -> Tensor:
             kept = _draws(key, start, start + delta.numel()) < limit
-            return torch.from_numpy(kept).to(delta.device)
+            return torch.from_numpy(kept).to(device=delta.device, dtype=delta.dtype)
 
         return _Keep(("random", density, seed), mask)
 
@@ -781,9 +781,9 @@ class _TaskVectors:
 
         def mask(delta: Tensor, start: int) -> Tensor:
             order = _ascending(delta.abs().view(-1, columns))
+            own = torch.empty_like(order).scatter_(1, order, limits.expand_as(order))
             draws = torch.from_numpy(_draws(key, start, start + delta.numel()).astype(np.int64))
-            by_rank = draws.to(delta.device).view(-1, columns).gather(1, order) < limits
-            return torch.empty_like(by_rank).scatter_(1, order, by_rank).view(-1)
+            return (draws.to(delta.device) < own.view(-1)).to(delta.dtype)
 
         return _Keep(("ranked", density, epsilon, seed), mask, columns)
 
@@ -945,9 +945,9 @@ def _ascending(magnitudes: Tensor) -> Tensor:
     # Magnitude and index in one integer: numpy sorts those 4 to 6 times as fast.
     columns = magnitudes.shape[1]
     backwards = torch.arange(columns - 1, -1, -1)
-    packed = (magnitudes.view(torch.int32).to(torch.int64) << 32) | backwards
-    packed.numpy().sort(axis=1)
-    return (columns - 1) - (packed & 0xFFFFFFFF)
+    packed = magnitudes.view(torch.int32).to(torch.int64)
+    packed.bitwise_left_shift_(32).bitwise_or_(backwards).numpy().sort(axis=1)
+    return packed.bitwise_and_(0xFFFFFFFF).neg_().add_(columns - 1)
 
 
 def _spread(inputs: Sequence[Tensor]) -> Values:

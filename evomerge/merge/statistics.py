@@ -121,8 +121,10 @@ def total(values: Values, count: int, step: int = 1) -> float:
     """The sum of `count` numbers in float64; they are asked for in ranges of whole steps."""
     size = max(step, _LANES // step * step)
     lanes = torch.zeros(min(size, count), dtype=torch.float64, device=values(0, 0).device)
-    for start, stop in _ranges(count, size):
-        lanes[: stop - start] += values(start, stop)
+    # Several rounds of the lanes at a time: what a call takes by itself is then a small part.
+    for start, stop in _ranges(count, size * max(1, _PIECE // size)):
+        for part in torch.split(values(start, stop), size):
+            lanes[: part.numel()] += part
     return float(folded(lanes, 0))
 
 
@@ -131,11 +133,13 @@ def gram(vectors: Sequence[Values], count: int) -> NDArray[np.float64]:
     number = len(vectors)
     device = vectors[0](0, 0).device
     lanes = torch.zeros(number, number, _LANES, dtype=torch.float64, device=device)
-    for start, stop in _ranges(count, _LANES):
-        pieces = [vector(start, stop).double() for vector in vectors]
-        for row in range(number):
-            for column in range(row + 1):
-                lanes[row, column, : stop - start].addcmul_(pieces[row], pieces[column])
+    for start, stop in _ranges(count, _PIECE):
+        parts = [vector(start, stop).double().split(_LANES) for vector in vectors]
+        for pieces in zip(*parts, strict=True):
+            size = pieces[0].numel()
+            for row in range(number):
+                for column in range(row + 1):
+                    lanes[row, column, :size].addcmul_(pieces[row], pieces[column])
     lower = folded(lanes, 2).cpu().numpy()
     return np.asarray(np.tril(lower) + np.tril(lower, -1).T)
 
