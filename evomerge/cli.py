@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge import eval_commands
-from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError
+from evomerge.errors import CandidateError, ConfigError, EvomergeError, OutputExistsError, shown
 from evomerge.resources import (
     PRESET_WORDS,
     PresetKind,
@@ -90,6 +90,24 @@ TrustOption = Annotated[
         "--trust-code",
         help="Let the study set any engine option, and run code of its own (scorers).",
     ),
+]
+
+
+def _possible_output(out: Path) -> Path:
+    """`out`, where a file or folder can have this name, and ours beside it while it is written."""
+    try:
+        os.lstat(f"{out.absolute()}.replaced")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{shown(str(out))}: cannot be written: {reason}") from error
+    return out
+
+
+OutFolderArgument = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="The folder to write.", callback=_possible_output),
 ]
 
 
@@ -258,7 +276,7 @@ def export(
 @app.command()
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Any mergekit YAML.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: OutFolderArgument,
     *,
     max_shard_size: ShardSizeOption = "5GB",
     seed: Annotated[
@@ -300,7 +318,7 @@ def moe(
         str,
         typer.Argument(metavar="CONFIG.yaml|PRESET", help="Any mergekit-moe YAML, or a preset."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: OutFolderArgument,
     *,
     seed: Annotated[int, typer.Option(metavar="N", help="For random gates and noise.")] = 0,
     max_shard_size: ShardSizeOption = "5GB",
@@ -341,7 +359,10 @@ def moe(
 @app.command("gguf")
 def export_gguf(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT.gguf", help="The file to write.", callback=_possible_output),
+    ],
     *,
     kind: Annotated[
         str,
@@ -371,7 +392,12 @@ def extract(
         str, typer.Argument(metavar="FINE", help="The fine-tuned model, as MODEL of `gguf`.")
     ],
     base: Annotated[str, typer.Argument(metavar="BASE", help="What it was fine-tuned from.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The adapter's folder to write.", callback=_possible_output
+        ),
+    ],
     *,
     rank: Annotated[int, typer.Option(metavar="R", help="The rank of each module, at most.")],
     explained: Annotated[

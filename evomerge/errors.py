@@ -48,3 +48,10 @@ def shown(value: object, *, longest: int = 200) -> str:
     """`value` as a message quotes it: its repr, cut where that is longer than a line should be."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a library could not read a file, in one line: in its words where they are for people."""
+    if isinstance(error, AttributeError | IndexError | KeyError | TypeError):
+        return f"a value in its files is not of the kind that belongs there ({error!r})"
+    return (str(error) or repr(error)).splitlines()[0]

@@ -112,3 +112,16 @@ def test_a_bare_name_is_a_preset_of_a_mixture_and_no_other(here: Path) -> None:
     ran = run("moe", PRESET, "out")
     assert (ran.status, ran.out) == (0, "out\n")
     assert tiny.read_tensors(here / "out")["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["merge moe.yaml OUT", "moe moe.yaml OUT", "gguf base OUT", "extract-lora base base OUT"],
+)
+def test_a_name_that_nothing_can_have_is_told_before_anything_is_read(
+    command: str, here: Path
+) -> None:
+    ran = run(*command.replace("OUT", "a" * 250).split())
+    assert ran.status == 2
+    assert "cannot be written: File name too long" in ran.err
+    assert ran.out == ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, reason_of
 
 
 class Tokenizer:
@@ -21,7 +21,7 @@ class Tokenizer:
                 Path(directory), trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:  # whatever a broken file makes its many readers raise
-            reason = (str(error) or repr(error)).splitlines()[0]
+            reason = reason_of(error)
             raise ConfigError(f"{directory}: no tokenizer can be read there: {reason}") from error
 
     @property

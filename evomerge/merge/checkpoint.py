@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from evomerge.errors import ConfigError, OutputExistsError, RunError
+from evomerge.errors import ConfigError, OutputExistsError, RunError, shown
 from evomerge.merge.dtypes import BY_CODE, DType, dtype_of
 
 if TYPE_CHECKING:
@@ -426,7 +426,10 @@ def _read_headers(file: Path) -> dict[str, TensorHeader]:
             dtype, shape = BY_CODE[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: tensor {name} has a broken header: {error!r}") from error
+            raise ConfigError(
+                f"{file}: tensor {name} has a broken header: {shown(entry)} should have a "
+                "dtype, a shape and data_offsets as safetensors has them; fetch the file again"
+            ) from error
         tensors[name] = TensorHeader(name, dtype, shape, file, data_start + begin)
         places[name] = begin, end
     size = file.stat().st_size

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, reason_of
 
 # llama.cpp's token types, as in gguf.TokenType.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -114,7 +114,7 @@ def _load(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever a broken file makes its many readers raise
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(f"{directory}: no tokenizer can be read there: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ConfigError(

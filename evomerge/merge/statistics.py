@@ -134,7 +134,7 @@ def gram(vectors: Sequence[Values], count: int) -> NDArray[np.float64]:
     device = vectors[0](0, 0).device
     lanes = torch.zeros(number, number, _LANES, dtype=torch.float64, device=device)
     for start, stop in _ranges(count, _PIECE):
-        parts = [vector(start, stop).double().split(_LANES) for vector in vectors]
+        parts = [torch.split(vector(start, stop).double(), _LANES) for vector in vectors]
         for pieces in zip(*parts, strict=True):
             size = pieces[0].numel()
             for row in range(number):

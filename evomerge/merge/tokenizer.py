@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, reason_of
 from evomerge.merge.chat_template import TEMPLATE_FILE
 from evomerge.merge.checkpoint import (
     CONFIG_FILE,
@@ -106,7 +106,7 @@ def _loaded(folder: Path) -> Any:
         inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         inner.backend_tokenizer.get_vocab_size()
     except Exception as error:  # whatever a broken file makes its many readers raise
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(
             f"{folder}: its tokenizer cannot be read as a fast one, with which alone vocabularies "
             f"can be compared: {reason}; save a {_TOKENIZER_FILE} for it with transformers"
