@@ -255,12 +255,14 @@ def test_the_real_questions_are_asked_of_both_models(here: Path, judge: Scripted
     for folder in ("instruct", "plain"):  # the longest question is of 700 tokens of this tokenizer
         tiny.edit_config(here / folder, max_position_embeddings=2048)
     arguments = ("--data", "question_full.jsonl", "--engine", "transformers", "--json")
-    ran = run("reproduce", "moe.yaml", *arguments)
+    ran = run("reproduce", "moe.yaml", *arguments, "--limit", "16")
     assert ran.status == 0, ran.err
     instruct, mixture = json.loads(ran.out)["models"]
     for row in (instruct, mixture):
-        assert (row["tasks"], row["unscored"]) == (80, 0)
+        assert (row["tasks"], row["unscored"]) == (16, 0)
         assert sorted(row["categories"]) == sorted(CATEGORIES)
         assert all(1 <= grade <= 10 for grade in row["categories"].values())
-    # With a right answer to compare with are math, reasoning and coding: 30 of the 80.
-    assert sum("参考解答" in prompt for prompt in set(judge.prompts)) >= 30
+    # With a right answer to compare with are math, reasoning and coding: 6 of the 16.
+    asked = set(judge.prompts)
+    assert 6 <= sum("参考解答" in prompt for prompt in asked) <= 12
+    assert 16 <= len(asked) <= 32
