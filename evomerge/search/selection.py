@@ -1,9 +1,9 @@
 """Who wins a search, and what may be said about it: on fresh grades, never those it was found by.
 
 The best of many noisy scores is no measurement: it is the luckiest one. So candidates for the
-victory are graded afresh, the middle of the search's distribution (which no luck put there) keeps
-its place unless another one is better beyond chance, and the winner's score is of attempts that had
-no say in the choice.
+victory are graded afresh, and one that no luck of its own put there (the peak of a Gaussian process
+over all candidates, or the middle of the search's distribution) keeps its place unless another one
+is better beyond chance: so seldom that the grades that chose may be reported, too.
 """
 
 # Shape letters: a = attempts (repeated answers), t = tasks, n = candidates, d = genes.

@@ -95,6 +95,8 @@ def _noise(blocks: Sequence[Block]) -> float:
     squares, freedom, per_score = 0.0, 0, []
     for block in blocks:
         there = np.isfinite(block.grades)
+        if not there.any():
+            continue
         rows, columns = _effects(block.grades)
         left = np.where(there, block.grades - rows[:, None] - columns, 0.0)
         squares += float((left**2).sum())

@@ -92,3 +92,11 @@ def test_who_was_stopped_before_the_hard_tasks_gains_nothing_by_it() -> None:
     stopped[0, 2:] = np.nan
     assert adjusted_scores(stopped) == pytest.approx(grades.mean(axis=1), abs=1e-6)
     assert np.nanmean(stopped, axis=1)[0] > grades.mean(axis=1)[1]  # the plain mean would
+
+
+def test_generations_of_which_nothing_could_be_graded_say_nothing() -> None:
+    blocks, _ = blocks_of(4, None)
+    failed = Block(blocks[0].places, np.full((24, 25), np.nan), blocks[0].task_ids)
+    assert smoothed([failed, *blocks[1:]]) == pytest.approx(smoothed(blocks[1:]), abs=1e-9)
+    assert np.isnan(smoothed([*blocks, failed])).all()
+    assert np.isnan(smoothed([failed])).all()
