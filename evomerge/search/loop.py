@@ -119,7 +119,7 @@ def _search(opened: _Opened, log: EventLog, bench: Bench, report: Report) -> Non
     total = budget.trials or course.most_trials
     runner = Runner(study, course, log, bench=bench, report=report, total=total)
     _begin(opened, log, bench)
-    for line in _other_versions(log.history):
+    for line in (*_other_versions(log.history), *_unseen_categories(study)):
         report(Said(line))
     report(_started(opened, log.history, total))
     seconds = runner.run()
@@ -270,6 +270,16 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _unseen_categories(study: ResolvedStudy) -> list[str]:
+    """A line for each category that the search does not see, because all of it is held out."""
+    seen = {task.category for task in study.search_tasks}
+    return [
+        f"holdout: all tasks of the category {category} are held out; the search does not see it"
+        for category in dict.fromkeys(task.category for task in study.holdout_tasks)
+        if category not in seen
+    ]
 
 
 def _other_versions(history: History) -> list[str]:

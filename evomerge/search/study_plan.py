@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,10 +19,11 @@ def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: B
     """What the course of the study's search depends on; `warm` are its warm starts by name.
 
     A study of course 0 is searched as it was then: all tasks, no sweep, the best observed wins.
+    Where candidates go by disk, and a switch is dear, each answers all tasks, in one go.
     """
     config, space = study.config, study.space
     categories = {task.id: task.category for task in study.search_tasks}
-    old = study.course == 0
+    old, dear = study.course == 0, config.engine.load == "disk"
     sweep = {UNIFORM: space.clip(space.uniform(1 / len(space.models)))}
     if not old:
         sweep |= {uniform_label(scale): space.uniform(scale) for scale in scales_of(study)}
@@ -35,7 +37,7 @@ def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: B
         low=space.low,
         high=space.high,
         categories=categories,
-        tasks_per_candidate=len(categories) if old else study.tasks_per_candidate,
+        tasks_per_candidate=len(categories) if old or dear else study.tasks_per_candidate,
         sweep=sweep,
         sweep_tasks=sweep_tasks(len(categories)) if len(sweep) + len(warm) > 1 else len(categories),
         warm={label: np.array(genome) for label, genome in warm.items()},
@@ -43,10 +45,12 @@ def plan_of(study: ResolvedStudy, warm: Mapping[str, Sequence[float]], budget: B
         inputs=[model_label(index) for index in range(len(space.models))],
         holdout=[task.id for task in study.holdout_tasks],
         smoothing=config.smoothing and not old,
-        futility_stop=config.futility_stop and not old,
+        futility_stop=config.futility_stop and not (old or dear),
         attempts=0 if old else config.selection.attempts,
     )
-    return with_tasks_for(plan, budget) if config.tasks_per_candidate is None and not old else plan
+    if config.tasks_per_candidate is not None:
+        return replace(plan, tasks_per_candidate=study.tasks_per_candidate)
+    return plan if old or dear else with_tasks_for(plan, budget)
 
 
 def scales_of(study: ResolvedStudy) -> Sequence[float]:

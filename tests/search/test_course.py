@@ -327,3 +327,27 @@ def test_all_grades_alike_end_in_a_winner_of_that_score(full: Study, tmp_path: P
     assert status["best"]["score"] == 0.5
     assert status["outcome"]["fresh"] == {"score": 0.5, "low": 0.5, "high": 0.5, "attempts": 3}
     assert status["outcome"]["verdict"].startswith("Nothing beats the best input, ")
+
+
+def test_where_a_switch_is_dear_every_candidate_answers_all_tasks(
+    full: Study, tmp_path: Path
+) -> None:
+    engine = {"name": "transformers", "load": "disk"}
+    status = search(full(engine=engine), tmp_path, trials=8).status
+    assert {trial["tasks"] for trial in status["trials"]} == {42}
+    asked = full(engine=engine, tasks_per_candidate=0.5)
+    status = search(asked, tmp_path / "asked", trials=8).status
+    assert {trial["tasks"] for trial in status["trials"]} == {21}
+
+
+def test_a_category_that_is_held_out_whole_is_said(study: Study, tmp_path: Path) -> None:
+    rows = [
+        {"input": "?", "output": "!", "kind": "rare" if n == 0 else f"k{n % 2}"} for n in range(9)
+    ]
+    (tmp_path / "kinds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    suite = {"scorer": "exact", "data": "kinds.jsonl", "category": "kind"}
+    stories: list[Story] = []
+    search(study(suite=suite, holdout=0.8), tmp_path / "s", trials=6, report=stories.append)
+    assert [story.line for story in stories if isinstance(story, Said)] == [
+        "holdout: all tasks of the category rare are held out; the search does not see it"
+    ]

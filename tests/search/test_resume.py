@@ -148,14 +148,18 @@ def test_a_search_killed_again_and_again_ends_as_an_unbroken_one(
     moments: random.Random,
     options: dict[str, float],
 ) -> None:
-    study, unbroken, broken = study_file(), tmp_path / "unbroken", tmp_path / "broken"
+    # All that a search does: a sweep, parts of the tasks, two units each, a fresh selection.
+    study = study_file(
+        tasks=30, tasks_per_candidate=16, sweep=True, selection={"attempts": 2}, holdout=0.2
+    )
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     start(study, unbroken, **options).end(0)
     before = 0
     for _ in range(5):
         run = start(study, broken, **options)
         if not run.wait_until_begun():
             break
-        time.sleep(moments.uniform(0.0, 0.5))
+        time.sleep(moments.uniform(0.0, 1.0))
         run.kill()
         assert measured(broken) >= before  # nothing finished is lost
         before = measured(broken)
