@@ -22,6 +22,7 @@ from evomerge.evaluate.suite import load_suite
 from evomerge.evaluate.suite_config import SuiteConfig
 from evomerge.evaluate.task import GradeRequest, TaskResult
 from evomerge.recipe import Recipe
+from evomerge.search.answers import study_answers
 from evomerge.search.evaluator import EngineEvaluator, Evaluators, TimeSplit
 from evomerge.search.loop import run_search
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
@@ -367,3 +368,24 @@ def test_the_presets_judge_is_told_what_each_task_of_elyza_is_about() -> None:
     assert suite.rubric is not None
     asked = suite.rubric.question(GradeRequest(suite.tasks[0], "はい", 0))
     assert suite.tasks[0].fields["eval_aspect"] in asked
+
+
+def test_a_judge_with_its_replies_in_postgresql(
+    judged: Study,
+    server: ScriptedJudge,
+    postgresql: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STUDIES_URL", postgresql)
+    server.reply = lambda prompt: f"nul \0 and half \ud800 of a pair. GRADE: {1 + len(prompt) % 5}"
+    config = judged(suite=EACH, study="judged", storage={"database_env": "STUDIES_URL"})
+    status = search(config, tmp_path / "pg")
+    (usage,) = status["judges"]
+    assert usage["calls"] == len(server.prompts)
+    answers = study_answers(tmp_path / "pg", "judged", [0])
+    assert all("nul \ufffd and half" in (row.parts[0].reply or "") for row in answers)
+    server.prompts.clear()
+    again = judged(suite=EACH, study="again", storage={"database_env": "STUDIES_URL"})
+    assert scores_of(search(again, tmp_path / "pg")) == scores_of(status)
+    assert server.prompts == []
