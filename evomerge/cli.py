@@ -771,6 +771,10 @@ def _status_text(found: Mapping[str, Any]) -> str:
         where = "" if best["number"] is None else f" {best['number']}"
         lines[-1] += f" ({best['source']}{where})"
         lines.append(f"recipe  {best['config']}")
+    for judge in found["judges"]:
+        tokens = judge["prompt_tokens"] + judge["completion_tokens"]
+        cost = "" if judge["cost"] is None else f", cost {judge['cost']:.2f}"
+        lines.append(f"judge   {judge['judge']}: {judge['calls']} calls, {tokens} tokens{cost}")
     return "\n".join(lines)
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from evomerge.database import Database, can_be_read, open_database
 from evomerge.engine.base import Engine
 from evomerge.engine.live_models import LiveModels, LiveSettings
-from evomerge.errors import CandidateError
+from evomerge.errors import CandidateError, ConfigError
 from evomerge.evaluate.evaluation import evaluation_of
-from evomerge.evaluate.graders import needs_judge, open_graders
+from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
@@ -216,8 +216,14 @@ def measure_models(
     """What each model made of the tasks (`SideBySide.measure`), with everything opened for it.
 
     The judge is open before the first engine and after the last. `folder` is where a local judge's
-    path starts, `environment` holds its key.
+    path starts, `environment` holds its key. Raises ConfigError where a judge is to take turns with
+    an engine, which searches alone do.
     """
+    if shares_gpu(suite, judge):
+        raise ConfigError(
+            "judge: sleep: is for searches; models beside each other need a judge elsewhere, on "
+            "another GPU (gpu: 1) or with its share of this one (options: {gpu_memory_utilization})"
+        )
     database = open_database(storage)
     with open_graders(
         suite,

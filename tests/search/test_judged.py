@@ -16,9 +16,11 @@ import pandas
 import pytest
 
 from evomerge.cli import main
+from evomerge.engine.live_models import LiveSettings
 from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.graders import check_graders
-from evomerge.evaluate.suite import load_suite
+from evomerge.evaluate.judge_config import judge_from_mapping
+from evomerge.evaluate.suite import Suite, load_suite
 from evomerge.evaluate.suite_config import SuiteConfig
 from evomerge.evaluate.task import GradeRequest, TaskResult
 from evomerge.recipe import Recipe
@@ -26,6 +28,7 @@ from evomerge.search.answers import study_answers
 from evomerge.search.evaluator import EngineEvaluator, Evaluators, TimeSplit
 from evomerge.search.loop import run_search
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
+from evomerge.search.side_by_side import measure_models
 from evomerge.search.status import stored_study, study_status
 from evomerge.search.study import StudyConfig, read_study, study_from_mapping
 from tests.evaluate import judge_server as faults
@@ -219,6 +222,9 @@ def test_answers_are_shown_and_written_with_the_judges_words(
         10 * usage["calls"],
     )
     assert usage["cost"] == pytest.approx(paid) == pytest.approx(2e-4 * usage["calls"])
+    assert main(["status", "formula", "--storage", str(storage)]) == 0
+    shown = capsys.readouterr().out
+    assert f"judge   scripted: {usage['calls']} calls, {110 * usage['calls']} tokens, cost" in shown
     assert main([*command, "--trial", "6"]) == 2
     assert "has no trial 6; there are 6, from 0" in capsys.readouterr().err
     assert main([*command, "--task", "x"]) == 2
@@ -389,3 +395,19 @@ def test_a_judge_with_its_replies_in_postgresql(
     again = judged(suite=EACH, study="again", storage={"database_env": "STUDIES_URL"})
     assert scores_of(search(again, tmp_path / "pg")) == scores_of(status)
     assert server.prompts == []
+
+
+def test_models_beside_each_other_have_no_judge_on_their_gpu(tmp_path: Path) -> None:
+    config = SuiteConfig.model_validate({**EACH, "data": "tasks.jsonl"})
+    with pytest.raises(ConfigError, match="judge: sleep: is for searches"):
+        measure_models(
+            Suite(config, ()),
+            [],
+            [],
+            live=LiveSettings("vllm"),
+            judge=judge_from_mapping({"local": "m", "sleep": True}, "study.yaml"),
+            storage=tmp_path,
+            folder=tmp_path,
+            environment={},
+            say=lambda line: None,
+        )
