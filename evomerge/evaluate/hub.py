@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from evomerge.errors import ConfigError
 
 # Long enough for a slow connection to begin, short enough to say soon that there is none.
-_SECONDS = 10.0
+_SECONDS = 8.0
 
 
 def dataset_file(repository: str, revision: str | None, file: str) -> Path:
     """The local copy of a dataset repository's file, in the hub's own cache; fetched if needed.
 
-    Raises ConfigError where the hub does not answer and the cache has no copy, or where there is no
-    such file.
+    Where the hub does not answer, what the cache has of that revision is taken. Raises ConfigError
+    where it has none, or where there is no such file.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repository, file, revision=revision, repo_type="dataset")
-    # What a revision's name means may change: only a commit's own copy is taken without asking.
-    if isinstance(cached, str) and _is_commit(revision):
-        return Path(cached)
     try:
-        return Path(
-            hf_hub_download(
-                repository,
-                file,
-                revision=revision,
-                repo_type="dataset",
-                etag_timeout=_SECONDS,
-            )
-        )
+        # Once and soon: a download asks again and again, for most of a minute.
+        commit = _commit(repository, revision)
+        return Path(hf_hub_download(repository, file, revision=commit, repo_type="dataset"))
     # By now whatever the network brings; its errors are those of the hub's HTTP library, which
-    # changes. Without an answer the hub's library takes its copy by itself, where it has one.
+    # changes.
     except Exception as error:
+        cached = try_to_load_from_cache(repository, file, revision=revision, repo_type="dataset")
+        if isinstance(cached, str):
+            return Path(cached)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         at = f" at {revision}" if revision else ""
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
@@ -45,7 +39,26 @@ def dataset_file(repository: str, revision: str | None, file: str) -> Path:
         ) from error
 
 
-def _is_commit(revision: str | None) -> bool:
-    return (
-        revision is not None and len(revision) == 40 and not set(revision) - set("0123456789abcdef")
-    )
+def _commit(repository: str, revision: str | None) -> str | None:
+    """The commit that a revision's name means now. Raises what the hub's library does."""
+    from huggingface_hub import HfApi
+
+    found: list[str | None] = []
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            info = HfApi().dataset_info(repository, revision=revision, timeout=_SECONDS)
+            found.append(info.sha)
+        except Exception as error:
+            errors.append(error)
+
+    # A name look-up may hang for longer than any of the library's own limits.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    if errors:
+        raise errors[0]
+    if not found:
+        raise TimeoutError(f"no answer within {_SECONDS:g} s")
+    return found[0]

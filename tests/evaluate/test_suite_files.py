@@ -241,6 +241,24 @@ def test_a_hub_that_does_not_answer_is_named_with_the_way_out(
         load_suite("elyza-tasks-100", tmp_path)
 
 
+def test_a_dataset_that_was_fetched_before_is_read_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "datasets--owner--tasks"
+    (kept / "snapshots" / commit / "data").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "v1").write_text(commit)
+    (kept / "snapshots" / commit / "data" / "test.csv").write_text("input,output\na,b\n")
+    data = {"hub": "owner/tasks", "revision": "v1", "file": "data/test.csv"}
+    suite = load_suite(SuiteConfig.model_validate({"data": data}), tmp_path)
+    assert [(task.input, task.reference) for task in suite.tasks] == [("a", "b")]
+    with pytest.raises(ConfigError, match=r"owner/tasks at v2 cannot be fetched.*`data: data/test"):
+        load_suite(SuiteConfig.model_validate({"data": {**data, "revision": "v2"}}), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["jsonl-exact", "jsonl-judge"])
 def test_the_presets_for_tasks_of_ones_own_take_any_table(tmp_path: Path, name: str) -> None:
     suite = load_suite(name, tmp_path, write_table(tmp_path, ".csv", ROWS))
