@@ -22,8 +22,9 @@ def dataset_file(repository: str, revision: str | None, file: str) -> Path:
 
     try:
         # Once and soon: a download asks again and again, for most of a minute.
-        commit = _commit(repository, revision)
-        return Path(hf_hub_download(repository, file, revision=commit, repo_type="dataset"))
+        _ask(repository, revision)
+        # By the revision's name, not its commit: the cache then knows it by its name, too.
+        return Path(hf_hub_download(repository, file, revision=revision, repo_type="dataset"))
     # By now whatever the network brings; its errors are those of the hub's HTTP library, which
     # changes.
     except Exception as error:
@@ -39,19 +40,18 @@ def dataset_file(repository: str, revision: str | None, file: str) -> Path:
         ) from error
 
 
-def _commit(repository: str, revision: str | None) -> str | None:
-    """The commit that a revision's name means now. Raises what the hub's library does."""
+def _ask(repository: str, revision: str | None) -> None:
+    """Returns where the hub answers that there is such a repository; raises what went wrong."""
     from huggingface_hub import HfApi
 
-    found: list[str | None] = []
-    errors: list[Exception] = []
+    errors: list[Exception] = [TimeoutError(f"no answer within {_SECONDS:g} s")]
 
     def ask() -> None:
         try:
-            info = HfApi().dataset_info(repository, revision=revision, timeout=_SECONDS)
-            found.append(info.sha)
+            HfApi().dataset_info(repository, revision=revision, timeout=_SECONDS)
+            errors.clear()
         except Exception as error:
-            errors.append(error)
+            errors[:] = [error]
 
     # A name look-up may hang for longer than any of the library's own limits.
     thread = threading.Thread(target=ask, daemon=True)
@@ -59,6 +59,3 @@ def _commit(repository: str, revision: str | None) -> str | None:
     thread.join(_SECONDS)
     if errors:
         raise errors[0]
-    if not found:
-        raise TimeoutError(f"no answer within {_SECONDS:g} s")
-    return found[0]

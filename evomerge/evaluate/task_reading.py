@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ def read_tasks(
 ) -> tuple[Task, ...]:
     """The tasks in `tables`, in their order; ConfigError names file and line."""
     found = [row for path in tables for row in read_rows(path)]
+    if len(tables) > 1:
+        # A row's number is its id where it has no other.
+        found = [replace(row, number=number) for number, row in enumerate(found, start=1)]
     if not found:
         names = ", ".join(map(str, tables))
         raise ConfigError(f"{names}: holds no task; one row (or JSON object per line) is needed")
