@@ -82,7 +82,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/methods.py", "merge/moe.py", "merge/plan.py"),
         *("merge/statistics.py", "merge/vocabulary.py", "engine/gates.py"),
         *("merge/blends.py", "merge/dtypes.py", "merge/extract.py", "merge/gguf.py"),
-        "merge/recall.py",
+        *("merge/parts.py", "merge/recall.py"),
         *("engine/residency.py", "engine/transformers_engine.py", "evaluate/embedding.py"),
         *("engine/vllm_backend.py", "engine/vllm_engine.py", "engine/vllm_private.py"),
     },

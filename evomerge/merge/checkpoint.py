@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from evomerge.errors import ConfigError, OutputExistsError, RunError, shown
-from evomerge.merge.dtypes import BY_CODE, DType, dtype_of
+from evomerge.merge.dtypes import BY_CODE, DType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,31 +300,6 @@ class _OutputFile:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_WRONLY)
             return self._descriptor
-
-
-def write_sharded(
-    directory: Path,
-    specs: Sequence[TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    max_shard_size: int = 5_000_000_000,
-) -> None:
-    """Writes `tensors` as safetensors into the folder `directory`, each when it arrives.
-
-    `specs` tell name, dtype and shape of every tensor beforehand, in the order of arrival; the
-    stream fills the files of a `ShardedOutput`. Memory needed: one tensor. Raises RunError where
-    the disk fails or is full.
-    """
-    stream = iter(tensors)
-    with ShardedOutput(directory, specs, max_shard_size) as output:
-        for spec in specs:
-            name, tensor = next(stream)
-            expected = (spec.name, spec.dtype, tuple(spec.shape))
-            told = (name, dtype_of(tensor.dtype), tuple(tensor.shape))
-            assert told == expected, (told, expected)
-            output.write(name, 0, bytes_of(tensor.detach().cpu().contiguous()))
-            del tensor
-        assert next(stream, None) is None, "more tensors than specs"
 
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from evomerge.merge.checkpoint import (
     ADAPTER_CONFIG,
     SINGLE_FILE,
     Checkpoint,
+    ShardedOutput,
     TensorHeader,
     disk_failure,
     published,
-    write_sharded,
 )
 from evomerge.merge.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from evomerge.merge.lora import ADAPTER_WEIGHTS
+from evomerge.merge.parts import PartTensor, cut, write_tensors
 
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, BFLOAT16, FLOAT16)}
 
@@ -92,13 +94,6 @@ class _Factors:
         return self.a.shape[0]
 
 
-@dataclass(frozen=True)
-class _Spec:
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-
-
 def extract_lora(
     fine_dir: Path,
     base_dir: Path,
@@ -151,8 +146,8 @@ def extract_lora(
             f"({_some(lost)}), which --save-others puts into the adapter"
         )
     config = _adapter_config(base, factors, whole, base_name or str(base_dir))
-    with published(out_dir, overwrite=overwrite) as partial:
-        _write(partial, config, factors, fine=fine, whole=whole, dtype=DTYPES[dtype])
+    with published(out_dir, overwrite=overwrite) as unfinished:
+        _write(unfinished, config, factors, fine=fine, whole=whole, dtype=DTYPES[dtype])
     return _extraction(fine, base, rank, factors, whole=whole, lost=lost)
 
 
@@ -388,22 +383,20 @@ def _write(
     whole: Sequence[str],
     dtype: DType,
 ) -> None:
-    specs: list[_Spec] = []
-    for module, found in factors.items():
-        for factor, tensor in (("lora_A", found.a), ("lora_B", found.b)):
-            name = f"{_PREFIX}{module}.{factor}.weight"
-            specs.append(_Spec(name, dtype, tuple(tensor.shape)))
-    for name in whole:
-        header = fine.tensors[name]
-        specs.append(_Spec(f"{_PREFIX}{name}", header.dtype, header.shape))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        numbers = [tensor for found in factors.values() for tensor in (found.a, found.b)]
-        yield from zip((spec.name for spec in specs), numbers, strict=False)
-        for name in whole:
-            yield f"{_PREFIX}{name}", fine.read(name)
-
-    write_sharded(directory, specs, tensors(), max_shard_size=1 << 62)
+    made = [
+        (f"{_PREFIX}{module}.{factor}.weight", dtype, tensor)
+        for module, found in factors.items()
+        for factor, tensor in (("lora_A", found.a), ("lora_B", found.b))
+    ]
+    made += [(f"{_PREFIX}{name}", fine.tensors[name].dtype, fine.read(name)) for name in whole]
+    tensors = [
+        PartTensor(
+            name, tuple(numbers.shape), kind, partial(cut, numbers.reshape(-1)), checked=False
+        )
+        for name, kind, numbers in made
+    ]
+    with ShardedOutput(directory, tensors, max_shard_size=1 << 62) as output:
+        write_tensors(tensors, output)
     try:
         (directory / SINGLE_FILE).rename(directory / ADAPTER_WEIGHTS)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,20 @@ from evomerge.merge.architecture import HEAD
 from evomerge.merge.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
+    ShardedOutput,
     TensorHeader,
     disk_failure,
     published,
     read_tensor_file,
-    write_sharded,
 )
 from evomerge.merge.dtypes import DType
+from evomerge.merge.parts import PartTensor, write_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# As many elements are adapted at a time: the first factor is read anew for each part.
+_PART = 1 << 20
+_SHARD_BYTES = 5_000_000_000
 
 _PREFIX = "base_model.model."
 # The two factors of a module, by the ends of their names: a linear layer's and an embedding's.
@@ -68,10 +73,11 @@ class _Factors:
     scale: float
     transposed: bool
 
-    def delta(self) -> Tensor:
-        """scale · B · A in float32, in the weight's own orientation."""
-        product = self.scale * (self.b.float() @ self.a.float())
-        return product.T if self.transposed else product
+    def delta(self, rows: slice) -> Tensor:
+        """scale · B · A in float32: those rows of it, in the weight's own orientation."""
+        if self.transposed:
+            return (self.a[:, rows].float().T @ self.b.float().T).mul_(self.scale)
+        return (self.b[rows].float() @ self.a.float()).mul_(self.scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,13 +94,6 @@ class _Adapter:
     replacements: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _OutputTensor:
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-
-
 def apply_adapter(
     base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: DType | None = None
 ) -> Path:
@@ -107,16 +106,14 @@ def apply_adapter(
     base = Checkpoint.open(base_dir)
     adapter = _read_adapter(adapter_dir)
     _check_against_base(adapter, base)
-    specs = [
-        _OutputTensor(header.name, dtype or header.dtype, header.shape)
-        for header in base.tensors.values()
-    ]
-    with published(out_dir) as partial:
-        write_sharded(partial, specs, _adapted_tensors(base, adapter, dtype))
+    tensors = [_adapted(base, header, adapter, dtype) for header in base.tensors.values()]
+    with published(out_dir) as unfinished:
+        with ShardedOutput(unfinished, tensors, _SHARD_BYTES) as output:
+            write_tensors(tensors, output)
         try:
-            _copy_other_files(base, partial, dtype)
+            _copy_other_files(base, unfinished, dtype)
         except OSError as error:
-            raise disk_failure(partial, error) from error
+            raise disk_failure(unfinished, error) from error
     return out_dir
 
 
@@ -221,20 +218,30 @@ def _check_against_base(adapter: _Adapter, base: Checkpoint) -> None:
         )
 
 
-def _adapted_tensors(
-    base: Checkpoint, adapter: _Adapter, dtype: DType | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, header in base.tensors.items():
-        yield name, _adapted(base, header, adapter).to((dtype or header.dtype).torch)
+def _adapted(
+    base: Checkpoint, header: TensorHeader, adapter: _Adapter, dtype: DType | None
+) -> PartTensor:
+    """A tensor of the base as the adapter changes it; what it leaves alone is not checked."""
+    factors = adapter.factors.get(header.name)
+    replaced = adapter.replacements.get(header.name)
+    columns = max(1, header.shape[-1]) if header.shape else 1
 
+    def part(start: int, stop: int) -> Tensor:
+        weight = base.read(header.name) if replaced is None else replaced
+        numbers = weight.reshape(-1)[start:stop]
+        if factors is None:
+            return numbers
+        delta = factors.delta(slice(start // columns, stop // columns))
+        return numbers.float().add_(delta.reshape(-1))
 
-def _adapted(base: Checkpoint, header: TensorHeader, adapter: _Adapter) -> Tensor:
-    weight = adapter.replacements.get(header.name)
-    if weight is None:
-        weight = base.read(header.name)
-    if header.name not in adapter.factors:
-        return weight
-    return weight.float() + adapter.factors[header.name].delta()
+    return PartTensor(
+        header.name,
+        header.shape,
+        dtype or header.dtype,
+        part,
+        step=columns * max(1, _PART // columns),
+        checked=factors is not None,
+    )
 
 
 def _copy_other_files(base: Checkpoint, directory: Path, dtype: DType | None) -> None:

@@ -12,10 +12,7 @@ of each kind have on the hub: transformers, vLLM and GGUF converters all read th
 from __future__ import annotations
 
 import hashlib
-import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,29 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError, ConfigError
+from evomerge.errors import ConfigError
 from evomerge.merge.checkpoint import (
     CONFIG_FILE,
     GENERATION_FILE,
     Checkpoint,
     ShardedOutput,
     TensorHeader,
-    bytes_of,
     disk_failure,
     published,
     refuse_existing,
     require_tokenizer,
-    total_bytes,
 )
 from evomerge.merge.dtypes import MERGED, DType
-from evomerge.merge.kernels import thread_count_kept
 from evomerge.merge.materialize import (
     as_json,
     generation_config,
     refuse_inputs_as_output,
     require_space,
 )
-from evomerge.merge.methods import has_overflow
 from evomerge.merge.moe_kinds import (
     BIASES,
     DENSE_KEYS,
@@ -66,36 +59,14 @@ from evomerge.merge.moe_kinds import (
     model_type,
     with_defaults,
 )
-from evomerge.merge.streaming import Progress, cores
+from evomerge.merge.parts import BLOCK, Part, PartTensor, cut, write_tensors
+from evomerge.merge.streaming import Progress
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.moe_config import Expert, MoEConfig
 
 MOE_CONFIG_FILE = "mergekit_moe_config.yml"
-# Elements that are computed at a time, and that noise is drawn for at a time.
-BLOCK = 1 << 17
 # Above it the gates of a layer are so alike that some expert is hardly ever chosen (mergekit's).
 LARGEST_CONDITION = 5.0
-
-Part = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class MoETensor:
-    """One tensor of the output; `part(start, stop)` computes its flat elements [start, stop).
-
-    `start` is a multiple of BLOCK, `stop` at most a BLOCK further; the part has any dtype.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    part: Part
-
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """The whole tensor in parts, each with its first flat element's place."""
-        total = math.prod(self.shape)
-        for start in range(0, total, BLOCK):
-            yield start, self.part(start, min(start + BLOCK, total)).to(self.dtype.torch)
 
 
 @dataclass(frozen=True)
@@ -105,7 +76,7 @@ class MoEPlan:
     `notes` are sentences about what differs from the base or from mergekit, for the user.
     """
 
-    tensors: tuple[MoETensor, ...]
+    tensors: tuple[PartTensor, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -158,44 +129,6 @@ def materialize_moe(
         except OSError as error:
             raise disk_failure(partial, error) from error
     return directory
-
-
-def write_tensors(
-    tensors: Sequence[MoETensor],
-    output: ShardedOutput,
-    *,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Computes every tensor into `output`, each by one of `workers` threads: by default all cores.
-
-    `progress` is told how many bytes of how many are written. Raises CandidateError where a number
-    is NaN or infinite, RunError where the disk fails or is full.
-    """
-    done, total = 0, total_bytes(tensors)
-    count = workers or cores()
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    with thread_count_kept(), pool:
-        running = [pool.submit(_write_tensor, tensor, output, stop) for tensor in tensors]
-        try:
-            for ended in as_completed(running):
-                done += ended.result()
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            stop.set()  # after an error, or Ctrl-C
-
-
-def _write_tensor(tensor: MoETensor, output: ShardedOutput, stop: threading.Event) -> int:
-    """Computes one tensor into `output`; the number of its bytes."""
-    for start, out in tensor.parts():
-        if stop.is_set():
-            break
-        if has_overflow(out):
-            raise CandidateError(f"{tensor.name}: has NaN or infinite numbers")
-        output.write(tensor.name, start, bytes_of(out.contiguous()))
-    return total_bytes([tensor])
 
 
 def plan_moe(
@@ -280,7 +213,7 @@ class _Builder:
         if self.layout is QWEN2_MOE:
             _check_head_size(self.moe.base_model, self.base)
 
-    def tensors(self) -> Iterator[MoETensor]:
+    def tensors(self) -> Iterator[PartTensor]:
         """The output tensors from input to output."""
         architecture = self.base.architecture
         yield from map(self._copy, architecture.before.values())
@@ -288,7 +221,7 @@ class _Builder:
             yield from self._layer(index)
         yield from map(self._copy, architecture.after.values())
 
-    def _layer(self, index: int) -> Iterator[MoETensor]:
+    def _layer(self, index: int) -> Iterator[PartTensor]:
         layer = self.base.architecture.layers[index]
         yield from (self._copy(header) for rest, header in layer.items() if rest not in MLP)
         if self.layout is QWEN2_MOE:  # vLLM and llama.cpp expect them of every model of this class
@@ -303,7 +236,7 @@ class _Builder:
             if self.kind.gates_shared:
                 yield self._gate(name, index, slice(count, count + 1))
             else:
-                yield MoETensor(name, (1, self._hidden), self.dtype, _zeros)
+                yield PartTensor(name, (1, self._hidden), self.dtype, _zeros)
             yield from self._expert(
                 f"{block}.shared_expert",
                 DENSE_NAMES,
@@ -316,24 +249,24 @@ class _Builder:
     def _hidden(self) -> int:
         return self.shapes["mlp.gate_proj.weight"][1]
 
-    def _copy(self, header: TensorHeader) -> MoETensor:
+    def _copy(self, header: TensorHeader) -> PartTensor:
         part = partial(_read_part, self.base, header.name)
-        return MoETensor(header.name, header.shape, self.dtype, part)
+        return PartTensor(header.name, header.shape, self.dtype, part)
 
-    def _zero_biases(self, layer: Mapping[str, TensorHeader]) -> Iterator[MoETensor]:
+    def _zero_biases(self, layer: Mapping[str, TensorHeader]) -> Iterator[PartTensor]:
         for rest in sorted(BIASES - layer.keys()):
             weight = layer[rest.replace("bias", "weight")]
             name = weight.name.replace(".weight", ".bias")
-            yield MoETensor(name, (weight.shape[0],), self.dtype, _zeros)
+            yield PartTensor(name, (weight.shape[0],), self.dtype, _zeros)
 
-    def _gate(self, name: str, layer: int, rows: slice) -> MoETensor:
+    def _gate(self, name: str, layer: int, rows: slice) -> PartTensor:
         shape = (rows.stop - rows.start, self._hidden)
         if self.gates is not None:
             given = self.gates[layer, rows]
             assert tuple(given.shape) == shape, "gates of another model"
         else:
             given = random_gate(self.moe.gate_mode, name, shape, self.seed)
-        return MoETensor(name, shape, self.dtype, partial(_cut, given.reshape(-1)))
+        return PartTensor(name, shape, self.dtype, partial(cut, given.reshape(-1)))
 
     def _expert(
         self,
@@ -342,7 +275,7 @@ class _Builder:
         expert: Expert,
         layer: int,
         factor: float = 1.0,
-    ) -> Iterator[MoETensor]:
+    ) -> Iterator[PartTensor]:
         checkpoint = self.checkpoints[expert.source_model]
         for projection in PROJECTIONS:
             header = checkpoint.architecture.layers[layer][f"mlp.{projection}.weight"]
@@ -358,7 +291,7 @@ class _Builder:
                 name=name,
                 seed=self.seed,
             )
-            yield MoETensor(name, header.shape, self.dtype, part)
+            yield PartTensor(name, header.shape, self.dtype, part)
 
     def config(self) -> dict[str, Any]:
         """The content of config.json: the base's, as the output's class has it."""
@@ -402,10 +335,6 @@ def _read_part(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tens
 
 def _zeros(start: int, stop: int) -> Tensor:
     return torch.zeros(stop - start)
-
-
-def _cut(flat: Tensor, start: int, stop: int) -> Tensor:
-    return flat[start:stop]
 
 
 def expert_part(

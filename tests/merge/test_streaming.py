@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.cli import main
@@ -322,34 +323,70 @@ def test_a_merge_needs_the_memory_of_its_pieces_alone(
     recipe = tmp_path / "recipe.yaml"
     mapping = recipe_of(large).to_mapping() | more
     recipe.write_text(recipe_from_mapping(mapping, "test").to_yaml())
-    # RssAnon leaves out the mapped files, whose pages the system takes back when it needs them.
-    script = textwrap.dedent(
+    script = """
+        recipe = read_recipe(Path(sys.argv[1]))
+        checkpoints = open_checkpoints(recipe)
+        make_plan(recipe, checkpoints)  # torch and the tokenizers are in memory now
+        import evomerge.merge.kernels
+        seen[:] = [anonymous()]  # from here on
+        materialize(recipe, Path(sys.argv[2]), checkpoints=checkpoints, workers=2)
         """
-        import sys
+    # The united one takes its tables of rows, too.
+    limit = 65e6 if "tokenizer" in more else 40e6
+    assert anonymous_memory(script, recipe, tmp_path / "out") < limit < largest
+
+
+def test_an_adapter_is_applied_in_the_memory_of_its_pieces_alone(
+    large: Path, tmp_path: Path
+) -> None:
+    head = tiny.read_tensors(large)["lm_head.weight"]
+    tiny_adapter = {
+        "base_model.model.lm_head.lora_A.weight": torch.randn(4, head.shape[1]),
+        "base_model.model.lm_head.lora_B.weight": torch.randn(head.shape[0], 4),
+    }
+    save_file(tiny_adapter, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    script = """
+        from evomerge.merge.lora import apply_adapter
+        Checkpoint.open(Path(sys.argv[1])).read("lm_head.weight")
+        seen[:] = [anonymous()]  # from here on
+        apply_adapter(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+        """
+    took = anonymous_memory(script, large, tmp_path, tmp_path / "out")
+    assert took < 65e6 < head.nbytes
+
+
+def anonymous_memory(script: str, *arguments: Path) -> int:
+    """The bytes that `script` takes at most from `seen[:] = …` on, in a process of its own."""
+    # RssAnon leaves out the mapped files, whose pages the system takes back when it needs them.
+    around = """
+        import sys, threading
         from pathlib import Path
+        from evomerge.merge.checkpoint import Checkpoint
         from evomerge.merge.materialize import materialize
         from evomerge.merge.plan import make_plan, open_checkpoints
         from evomerge.recipe import read_recipe
         def anonymous():
             line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
             return int(line.split()[1]) * 1024
-        recipe = read_recipe(Path(sys.argv[1]))
-        checkpoints = open_checkpoints(recipe)
-        make_plan(recipe, checkpoints)  # torch and the tokenizers are in memory now
-        import evomerge.merge.kernels
-        seen = [anonymous()]
-        materialize(
-            recipe, Path(sys.argv[2]), checkpoints=checkpoints, workers=2,
-            progress=lambda *_: seen.append(anonymous()),
-        )
+        def sample():
+            while not ended.wait(0.002):
+                seen.append(anonymous())
+        seen, ended = [], threading.Event()
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        """
+    after = """
+        ended.set()
+        sampler.join()
         print(max(seen) - seen[0])
         """
-    )
+    text = "".join(map(textwrap.dedent, (around, script, after)))
     told = subprocess.run(
-        [sys.executable, "-c", script, str(recipe), str(tmp_path / "out")],
+        [sys.executable, "-c", text, *map(str, arguments)],
         check=True,
         capture_output=True,
         text=True,
     )
-    # The united one takes its tables of rows, too.
-    assert int(told.stdout) < (65e6 if "tokenizer" in more else 40e6) < largest
+    return int(told.stdout)
