@@ -85,6 +85,8 @@ class Course:
         self._history = history
         self._sampler: Sampler | None = None
         self._learned = 0
+        # The last generation whose stops are decided.
+        self._decided = -1
         self._means: list[Genome] = []
 
     def next(self) -> Step | None:
@@ -197,7 +199,8 @@ class Course:
         step = self._measure(*self._trials(block, first, whole))
         if step is not None or whole:
             return step
-        stops = self._stops(block, first, len(tasks))
+        stops = self._stops(block, first, len(tasks)) if self._decided < block else []
+        self._decided = block
         return _write(*stops) if stops else self._measure(*self._trials(block, tasks, True))
 
     def _first_tasks(self, block: int, tasks: tuple[str, ...]) -> tuple[str, ...]:
