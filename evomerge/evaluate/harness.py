@@ -65,26 +65,33 @@ class HarnessTasks:
             found.setdefault(name, []).append(place)
         return {name: sorted(places) for name, places in found.items()}
 
-    def requests(self, engine: Engine, system: str | None) -> dict[str, list[Instance]]:
+    def requests(
+        self, engine: Engine, system: str | None, task_ids: Sequence[str]
+    ) -> dict[str, list[Instance]]:
         """Our task ids -> what the harness asks of the model about that document."""
         lm = EngineLM(engine)
-        places = self.places(list(self.documents))
+        places = self.places(task_ids)
         found: dict[str, list[Instance]] = {}
         with _quiet():
             for name, some in places.items():
                 task = self.loaded[name]
+                _expect(task, some)
                 task.build_all_requests(samples=some, **self._asking(lm, system))
                 for instance in task.instances:
                     number = instance.doc_id
                     found.setdefault(f"{name}/{some[number]}", []).append(instance)
         return found
 
-    def check(self, engine: Engine, system: str | None, where: str) -> str:
-        """The first prompt as the model reads it.
+    def first_prompt(self, engine: Engine, system: str | None) -> str:
+        """The prompt of the first document as the model reads it."""
+        (asked,) = self.requests(engine, system, list(self.documents)[:1]).values()
+        return str(asked[0].args[0])
 
-        Raises ConfigError that names documents which do not fit the engine's context.
-        """
-        asked = self.requests(engine, system)
+    def check_lengths(
+        self, engine: Engine, system: str | None, task_ids: Sequence[str], where: str
+    ) -> None:
+        """Raises ConfigError that names documents which do not fit the engine's context."""
+        asked = self.requests(engine, system, task_ids)
         lm = EngineLM(engine)
         allowed = engine.max_model_len
         too_long = {
@@ -103,7 +110,6 @@ class HarnessTasks:
                 f"{allowed} tokens: {named}{more * (len(too_long) > _NAMED_AT_MOST)}; raise "
                 "engine.max_model_len or lower num_fewshot"
             )
-        return str(next(iter(asked.values()))[0].args[0])
 
     def answered(
         self, engine: Engine, task_ids: Sequence[str], system: str | None, sampling: Sampling
@@ -114,6 +120,8 @@ class HarnessTasks:
         """
         places = self.places(task_ids)
         lm = EngineLM(engine, sampling, needs_greedy=self._needs_greedy(places))
+        for name, some in places.items():
+            _expect(self.loaded[name], some)
         with _quiet():
             results = evaluate(
                 lm=lm,
@@ -168,6 +176,38 @@ class HarnessTasks:
             "chat_template": lm.apply_chat_template if with_chat else None,
             "tokenizer_name": lm.tokenizer_name if with_chat else "",
         }
+
+
+class KnownExamples:
+    """The examples that go before each document, drawn once, as the harness draws them.
+
+    It draws anew whenever it builds a prompt, so that candidates would be asked different prompts.
+    Here the first build, of all documents in their order, draws; later ones, of the documents in
+    the places that `expect` says, get what was drawn for those.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._drawn: list[Any] = []
+        self._places: Iterator[int] | None = None
+
+    def expect(self, places: Sequence[int]) -> None:
+        """The next build is of the documents in these places."""
+        self._places = iter(places)
+
+    def sample(self, *given: Any, **named: Any) -> Any:
+        """The examples for the next document."""
+        if self._places is not None:
+            return self._drawn[next(self._places)]
+        self._drawn.append(self._sampler.sample(*given, **named))
+        return self._drawn[-1]
+
+    def set_rnd(self, seed: int | None) -> None:
+        """Sets the seed of what is still to be drawn."""
+        self._sampler.set_rnd(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
 
 
 @dataclass(frozen=True)
@@ -329,6 +369,7 @@ def load_harness(
                     raise ConfigError(f"{where}: harness.tasks: {name} is named twice")
                 _set_up(task, wanted, config)
                 _check_metric(task, wanted, f"{where}: {name}")
+                _draw_examples(task, wanted.limit or config.limit)
                 loaded[name], objectives[name] = task, wanted
                 for place, document in _documents(task, wanted.limit or config.limit):
                     one = _task(task, wanted.name, f"{name}/{place}", document)
@@ -426,6 +467,18 @@ def _set_up(task: Any, wanted: HarnessTask, config: HarnessConfig) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
+
+
+def _draw_examples(task: Any, limit: int | None) -> None:
+    """Draws the examples for each document, once and for all."""
+    if task.get_config("num_fewshot") and hasattr(task, "sampler"):
+        task.sampler = KnownExamples(task.sampler)
+        task.build_all_requests(limit=limit)
+
+
+def _expect(task: Any, places: Sequence[int]) -> None:
+    if isinstance(sampler := getattr(task, "sampler", None), KnownExamples):
+        sampler.expect(places)
 
 
 def _check_metric(task: Any, wanted: HarnessTask, where: str) -> None:

@@ -28,7 +28,7 @@ def self_test(engine: Engine, suite: Suite) -> str:
     without the system prompt.
     """
     if suite.harness is not None:
-        return suite.harness.check(engine, suite.chat.system, suite.where)
+        return suite.harness.first_prompt(engine, suite.chat.system)
     task = suite.tasks[0]
     _check_suite_prompt(suite)
     if uses_chat(engine, suite.chat):

@@ -222,7 +222,8 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
     In a conversation all turns have to fit, with answers of max_tokens each.
     """
     if suite.harness is not None:
-        suite.harness.check(engine, suite.config.system, suite.where)
+        ids = [task.id for task in tasks]
+        suite.harness.check_lengths(engine, suite.config.system, ids, suite.where)
         return
     allowed = engine.max_model_len
     needed = {task.id: _tokens_at_most(engine, suite, task) for task in tasks}

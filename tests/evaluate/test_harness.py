@@ -157,7 +157,7 @@ def test_likelihoods_are_those_of_the_harness_itself(engine: Engine, folder: Pat
     suite = suite_of(folder, {"name": "tiny_choice"}, limit=2)
     assert suite.harness is not None
     expected = harness_results(folder, "tiny_choice", limit=2)["tiny_choice"]
-    asked = suite.harness.requests(engine, None)
+    asked = suite.harness.requests(engine, None, ["tiny_choice/1"])
     ours = EngineLM(engine).loglikelihood(asked["tiny_choice/1"])
     theirs = [tuple(some[0]) for some in expected[1]["resps"]]
     assert [one[0] for one in ours] == pytest.approx([one[0] for one in theirs], rel=1e-4)
@@ -198,7 +198,7 @@ def test_the_mean_of_grades_is_the_weighted_mean_of_metrics(engine: Engine, fold
 
 
 def test_some_tasks_in_any_order_get_what_they_get_among_all(engine: Engine, folder: Path) -> None:
-    suite = suite_of(folder, {"name": "tiny_choice"})
+    suite = suite_of(folder, {"name": "tiny_choice"}, num_fewshot=2)
     everything = {result.task_id: result.prompt for result in results_of(engine, suite)}
     some = ["tiny_choice/7", "tiny_choice/2"]
     found = evaluation_of(engine, suite).begin(some).result()
@@ -215,6 +215,24 @@ def test_the_first_prompt_is_shown_and_long_documents_are_named(
     long = suite_of(folder, {"name": "tiny_choice"}, num_fewshot=8)
     with pytest.raises(ConfigError, match=r"documents do not fit .*tiny_choice/0 \(\d+ too many"):
         check_prompt_lengths(_Short(engine), long, long.tasks)  # type: ignore[arg-type]
+
+
+def test_prompts_go_through_the_chat_template_where_that_is_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = tiny.llama(tmp_path / "chat", layers=1, chat=True)
+    suite = suite_of(
+        folder,
+        {"name": "tiny_written", "metric": "exact_match"},
+        num_fewshot=1,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    with open_engine("transformers", EngineConfig(str(model), (), threads=1)) as engine:
+        result = evaluation_of(engine, suite).begin(["tiny_written/0"]).result()[0]
+        assert self_test(engine, suite) == result.prompt
+    assert result.prompt.endswith("<|user|>What is 0 plus 1?</s><|assistant|>")
+    assert "<|assistant|>4</s>" in result.prompt
 
 
 class _Short:
