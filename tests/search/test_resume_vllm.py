@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 DEMO = Path(__file__).resolve().parents[2] / "scripts" / "demo"
-UNITS = 4 + 8  # base, two experts, uniform; then two generations of four
+UNITS = 7 + 8  # base, two experts, four uniform merges; then two generations of four
 
 
 def write_study(folder: Path) -> Path:
