@@ -762,7 +762,7 @@ def _status_text(found: Mapping[str, Any]) -> str:
     best = found["best"]
     lines = [
         f"study   {found['study']}: {found['state']}",
-        f"trials  {len(found['trials'])}{_of_budget(found['budget'])}",
+        f"trials  {len(found['trials'])}{_of_budget(found['budget'])}{_rest(found)}",
         f"best    {_number(best and best['score'])}",
     ]
     if found["stopped"]:
@@ -782,6 +782,15 @@ def _of_budget(budget: Mapping[str, Any]) -> str:
     if budget["trials"] is not None:
         return f" of {budget['trials']}"
     return f" ({budget['spent']} of {budget['task_evaluations']} task evaluations)"
+
+
+def _rest(found: Mapping[str, Any]) -> str:
+    """Why a study ended below its budget, where that was too little for another generation."""
+    budget, generation = found["budget"], found["budget"]["population"] or 0
+    left = (budget["trials"] or 0) - len(found["trials"])
+    if found["state"] != "finished" or found["stopped"] or not 0 < left < generation:
+        return ""
+    return f" (the other {left} are no whole generation of {generation})"
 
 
 def _number(score: float | None) -> str:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from evomerge.cli import main, parse_size
+from evomerge.cli import _status_text, main, parse_size
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
 from evomerge.recipe import read_recipe
@@ -315,6 +315,20 @@ def test_the_status_says_why_a_study_stopped(finished: Finished, tmp_path: Path)
     log.close()
     lines = run("status", "tiny", "--storage", storage).out.splitlines()
     assert lines[:2] == ["study   tiny: interrupted", "stopped the engine did not start again"]
+
+
+def test_the_status_says_why_a_study_ended_below_its_budget(
+    finished: Finished, tmp_path: Path
+) -> None:
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    found = json.loads(run("status", "tiny", "--storage", storage, "--json").out)
+    population, trials = found["budget"]["population"], len(found["trials"])
+    assert population > 1
+    for more, told in ((population - 1, True), (population, False), (0, False)):
+        found["budget"]["trials"] = trials + more
+        (line,) = [one for one in _status_text(found).splitlines() if one.startswith("trials")]
+        assert ("no whole generation" in line) == told, line
 
 
 def test_the_storage_of_a_study_file_starts_at_the_file(here: Path, models: Path) -> None:

@@ -158,6 +158,7 @@ def status_of(log: EventLog, storage: Path, name: str) -> dict[str, Any]:
             "trials": opened.get("trials"),
             "task_evaluations": opened.get("task_evaluations"),
             "spent": history.spent,
+            "population": (history.begun or {}).get("population"),
         },
         "seconds": {kind: round(spent, 3) for kind, spent in history.seconds.items()},
         "stopped": history.stopped,
