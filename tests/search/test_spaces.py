@@ -214,8 +214,11 @@ def test_a_mergekit_evolve_file_alone_is_told_what_it_lacks(
         read_study(str(path))
     message = str(caught.value)
     assert message.startswith(f"{path}: this mergekit-evolve file says what is searched (genome")
-    assert "suite: {scorer: …" in message
+    assert "Add study: NAME and budget: {trials: N} to it" in message
     assert message.endswith("genome: evolve.yaml")
+    path.write_text(yaml.safe_dump({key: evolve[key] for key in evolve if key != "tasks"}))
+    with pytest.raises(ConfigError, match=r"Add study: NAME, suite: \{scorer: …"):
+        read_study(str(path))
 
 
 @pytest.mark.parametrize("form", ["beside", "file", "inline"])
