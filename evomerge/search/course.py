@@ -231,7 +231,8 @@ class Course:
                 if (grade := history.grades[label, 0].get(task)) is not None
             }
             for label in labels
-            if not history.has_failed(label) and not history.missing(label, 0, first)
+            # Not whether it failed since: a search that is resumed then decides the same again.
+            if not history.missing(label, 0, first)
         }
         stops = []
         for label, own in grades.items():

@@ -123,6 +123,15 @@ class History:
         told = sum(len(self.generations[block]) for block in self.told)
         return told if last in self.told else told + sum(self._ended(last))
 
+    def ended_trials(self) -> list[int]:
+        """The numbers of all trials that have all their answers, or were stopped, or failed."""
+        return [
+            number
+            for block, numbers in self.generations.items()
+            for number, ended in zip(numbers, self._ended(block), strict=True)
+            if ended
+        ]
+
     def _ended(self, block: int) -> list[bool]:
         tasks = self.tasks[block] or (self.begun or {}).get("search_tasks", ())
         labels = [trial_label(number) for number in self.generations[block]]

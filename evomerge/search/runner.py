@@ -49,6 +49,11 @@ class _Begun:
     recipe: Recipe | None
     results: Future[list[TaskResult]]
 
+    @property
+    def stops_the_run(self) -> bool:
+        """Whether it is known already that the run stops here."""
+        return self.results.done() and isinstance(self.results.exception(), RunError)
+
 
 class Runner:
     """Drives a course: measures what it asks for, writes what it says."""
@@ -115,6 +120,8 @@ class Runner:
             while pending and (pending[0].results.done() or len(pending) >= _MOST_PENDING):
                 self._take(pending.popleft())
             pending.append(self._begin(unit))
+            if pending[-1].stops_the_run:
+                break  # no engine is there for the others
         while pending:
             self._take(pending.popleft())
 

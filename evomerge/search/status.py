@@ -45,11 +45,13 @@ class Best:
 def best_trial(history: History) -> Best | None:
     """The trial with the highest adjusted score, the earliest of equals; None before the first.
 
-    Trials that were stopped before the end of their tasks are left out.
+    Trials that were stopped before the end of their tasks are left out, and those still under way.
     """
     scores = adjusted_trials(history, _search_tasks(history))
     whole = [
-        (score, -number) for number, score in scores.items() if not _is_stopped(history, number)
+        (scores[number], -number)
+        for number in history.ended_trials()
+        if number in scores and not _is_stopped(history, number)
     ]
     if not whole:
         return None
@@ -118,7 +120,7 @@ def trials_of(history: History) -> list[dict[str, Any]]:
     adjusted = adjusted_trials(history, _search_tasks(history))
     return [
         trial
-        for number in sorted(history.genomes)
+        for number in sorted(history.ended_trials())
         if (trial := _trial(history, number, adjusted.get(number))) is not None
     ]
 

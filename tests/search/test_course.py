@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from evomerge.errors import ConfigError
+from evomerge.errors import CandidateError, ConfigError, EngineDiedError, RunError
 from evomerge.evaluate.task import TaskResult
 from evomerge.recipe import Recipe
 from evomerge.report.results import write_results
 from evomerge.search.evaluator import TimeSplit
 from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import ResolvedStudy
+from evomerge.search.status import study_status
 from evomerge.search.storage import open_log
 from evomerge.search.story import Measured, Said, Story
 from evomerge.search.study import StudyConfig
@@ -289,6 +290,108 @@ def test_the_next_candidate_is_begun_while_grades_are_pending(full: Study, tmp_p
             del trial["seconds"]
     assert status["trials"] == plain["trials"]
     assert status["outcome"] == plain["outcome"]
+
+
+def test_an_engine_that_does_not_come_back_ends_the_run_with_what_was_answered_kept(
+    full: Study, tmp_path: Path
+) -> None:
+    dead, opened = threading.Event(), [0]
+
+    class Dying(FormulaEvaluator):
+        begun = 0
+
+        def begin(
+            self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+        ) -> Future[list[TaskResult]]:
+            self.begun += 1
+            if self.begun == 10:  # the third trial; the grades of the first two are pending
+                dead.set()
+                raise EngineDiedError("no heartbeat")
+            results = super().begin(recipe, task_ids, attempt).result()
+            return graders.submit(self._graded, results, self.begun > 7)
+
+        def _graded(self, results: list[TaskResult], late: bool) -> list[TaskResult]:
+            if late:
+                dead.wait(10)
+                threading.Event().wait(0.2)
+            return results
+
+    @contextmanager
+    def once(study: ResolvedStudy, split: TimeSplit) -> Iterator[FormulaEvaluator]:
+        opened[0] += 1
+        if opened[0] > 1:
+            raise RunError("the device is gone")
+        yield Dying(split=split, grade=noisy_grade)
+
+    with (
+        ThreadPoolExecutor(4) as graders,
+        pytest.raises(RunError, match="did not start again: the device is gone"),
+    ):
+        search(full(), tmp_path, open_evaluator=once)
+    history = history_of(tmp_path)
+    assert [label for label, _ in history.scores if label.startswith("trial")] == [
+        "trial 0",
+        "trial 1",
+    ]
+    assert history.failures == {}
+    search(full(), tmp_path)
+    search(full(), tmp_path / "unbroken")
+    assert history_of(tmp_path).told == history_of(tmp_path / "unbroken").told
+
+
+def test_a_generation_that_is_gone_on_with_stops_whom_an_unbroken_one_stops(
+    full: Study, tmp_path: Path
+) -> None:
+    changes = {"tasks_per_candidate": 32, "budget": {"trials": 8}}
+    search(full(**changes), tmp_path / "probe")
+    genomes = history_of(tmp_path / "probe").genomes
+    firsts = sorted(min(max(genomes[number][0], -0.5), 2.0) for number in range(8))
+    # Three are better than the other five: too few to stop any of those.
+    limit, poor = (firsts[4] + firsts[5]) / 2, firsts[0]
+
+    class Failing(FormulaEvaluator):
+        full_disk_after = math.inf
+        rests = 0
+
+        def begin(
+            self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+        ) -> Future[list[TaskResult]]:
+            if len(task_ids) == 24 and not attempt:  # the rest of a trial's tasks
+                self.rests += 1
+                if self.rests > self.full_disk_after:
+                    raise RunError("the disk is full")
+                if weights_of(recipe)[0] == poor:
+                    raise CandidateError("overflows")
+            return super().begin(recipe, task_ids, attempt)
+
+    def grade(recipe: Recipe, task: str) -> float:
+        return 0.0 if recipe.models is None and weights_of(recipe)[0] < limit else 1.0
+
+    def opens(full_disk_after: float) -> Any:
+        @contextmanager
+        def opened(study: ResolvedStudy, split: TimeSplit) -> Iterator[FormulaEvaluator]:
+            evaluator = Failing(split=split, grade=grade)
+            evaluator.full_disk_after = full_disk_after
+            yield evaluator
+
+        return opened
+
+    search(full(**changes), tmp_path / "unbroken", open_evaluator=opens(math.inf))
+    unbroken = history_of(tmp_path / "unbroken")
+    assert list(unbroken.failures.values()) == ["overflows"]
+    ((failed, _),) = unbroken.failures
+    seen = int(failed.removeprefix("trial ")) + 1
+    with pytest.raises(RunError, match="the disk is full"):
+        search(full(**changes), tmp_path, open_evaluator=opens(seen))
+    status = study_status(tmp_path, "formula")
+    # Trials with their first tasks alone are still under way.
+    assert [trial["number"] for trial in status["trials"]] == list(range(seen))
+    assert {trial["tasks"] for trial in status["trials"]} <= {8, 32}
+    assert status["best"] is None or status["best"]["number"] < seen
+    search(full(**changes), tmp_path, open_evaluator=opens(math.inf))
+    again = history_of(tmp_path)
+    assert again.futile == unbroken.futile
+    assert again.told == unbroken.told
 
 
 def test_a_study_that_a_newer_evomerge_began_is_refused(full: Study, tmp_path: Path) -> None:
