@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NAMED_AT_MOST = 40
+
 
 class EvomergeError(Exception):
     """An error with a message for the user: the CLI prints it without a traceback."""
@@ -35,13 +37,17 @@ class EngineDiedError(EvomergeError):
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The end of a message about an unknown `word`: the known one it is like, or all of them.
+    """The end of a message about an unknown `word`: the known one it is like, or some of all.
 
     `cutoff` in [0, 1] is how like it has to be (`difflib.get_close_matches`).
     """
     words = list(known)
     close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(words)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    more = len(words) - _NAMED_AT_MOST
+    named = ", ".join(words[:_NAMED_AT_MOST])
+    return f"; known are {named} and {more} more" if more > 0 else f"; known are {named}"
 
 
 def shown(value: object, *, longest: int = 200) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.resources import data_root, is_bare_name, locate, preset_names
 
 
@@ -57,3 +57,10 @@ def test_a_misspelt_preset_is_answered_with_the_nearest_one() -> None:
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: this suite file does not exist"):
         locate(str(tmp_path / "nothing.yaml"), "evaluators")
+
+
+def test_what_is_known_is_not_listed_without_an_end() -> None:
+    tasks = [f"task-{number}" for number in range(500)]
+    assert nearest("task-7", tasks) == "; did you mean 'task-7'?"
+    message = nearest("quite another", tasks)
+    assert message.endswith("task-39 and 460 more")

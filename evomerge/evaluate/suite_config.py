@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -352,7 +353,7 @@ def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) 
     if path in seen:
         raise ConfigError(f"like: {path} is like itself")
     below = _complete(_content(path), path.parent, (*seen, path))
-    below = _with_data_beside(below, path.parent)
+    below = _with_code_beside(_with_data_beside(below, path.parent), path.parent, folder)
     for key in _MERGED:
         if isinstance(below.get(key), Mapping) and isinstance(filled.get(key), Mapping):
             filled[key] = {**below[key], **filled[key]}
@@ -380,6 +381,25 @@ def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         places = {key: _beside(router[key], folder) for key in names if key in router}
         beside["router"] = {**router, **places}
     return beside
+
+
+def _with_code_beside(content: dict[str, Any], folder: Path, seen_from: Path) -> dict[str, Any]:
+    """A suite file's own scorers stay the ones beside it.
+
+    Their names are as seen from the suite that is like it: these are part of a digest, in which
+    the place of all the files has no part.
+    """
+
+    def renamed(name: object) -> object:
+        place, _, function = str(name).rpartition(":")
+        if not place.endswith(".py") or Path(place).is_absolute():
+            return name
+        return f"{os.path.relpath(folder / place, seen_from)}:{function}"
+
+    scorer = content.get("scorer")
+    if isinstance(scorer, Mapping):
+        return {**content, "scorer": {renamed(name): scorer[name] for name in scorer}}
+    return {**content, "scorer": renamed(scorer)} if isinstance(scorer, str) else content
 
 
 def _beside(name: object, folder: Path) -> object:

@@ -37,6 +37,26 @@ def test_code_needs_trust(tmp_path: Path) -> None:
         suite_of(tmp_path, "own.py:length", trust_code=False)
 
 
+def test_a_suite_that_is_like_one_of_another_folder_is_graded_by_that_one_s_code(
+    tmp_path: Path,
+) -> None:
+    def read(root: Path) -> Suite:
+        suites = root / "suites"
+        (root / "mine").mkdir(parents=True)
+        suites.mkdir()
+        suite_of(suites, "own.py:length")
+        (root / "mine" / "one.yaml").write_text("{like: ../suites/suite.yaml, max_tokens: 9}")
+        (root / "mine.yaml").write_text("{like: mine/one.yaml}")
+        with pytest.raises(ConfigError, match="needs --trust-code"):
+            load_suite("mine.yaml", root)
+        return load_suite("mine.yaml", root, trust_code=True)
+
+    here, there = read(tmp_path / "here"), read(tmp_path / "there")
+    assert [scorer.grade(here.tasks[0], "four") for scorer in here.scorers.values()] == [4]
+    assert list(here.weights) == ["suites/own.py:length"]
+    assert here.digest == there.digest
+
+
 def test_the_code_belongs_to_the_digest(tmp_path: Path) -> None:
     before = suite_of(tmp_path, "own.py:length").digest
     assert suite_of(tmp_path, "own.py:length").digest == before
