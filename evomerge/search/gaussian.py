@@ -11,11 +11,14 @@ candidate's own or noise. Source: Rasmussen and Williams 2006, chapters 2 and 5.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 Array = npt.NDArray[np.float64]
 
@@ -61,7 +64,31 @@ def posterior(
     """What values (n,) with errors of variance `noise` at places (n, d) say, in these groups (n,).
 
     None where there is nothing to compare: fewer than four contrasts, no noise, or all in a place.
+    Computed on one thread, so that the number of cores changes no bit of what a search is told.
     """
+    with one_thread():
+        return _posterior(places, values, groups, noise)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Linear algebra on one thread in the block.
+
+    Matrices of some hundred rows gain nothing from more, and on a busy machine threads that wait
+    for each other were seen to take a hundred times as long.
+    """
+    limits: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
+    return limits
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    """Finding the libraries of a process takes milliseconds: once."""
+    return ThreadpoolController()
+
+
+def _posterior(
+    places: Array, values: Array, groups: npt.NDArray[np.int64], noise: float
+) -> Posterior | None:
     belongs_gn = (groups[None, :] == np.unique(groups)[:, None]).astype(np.float64)
     shares_gn = belongs_gn / belongs_gn.sum(axis=1, keepdims=True)
     means_n = (shares_gn @ values) @ belongs_gn

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.search.gaussian import Array, Posterior, posterior
+from evomerge.search.gaussian import Array, Posterior, one_thread, posterior
 from evomerge.search.smoothing import PAYS_FROM, Block, scores_of
 
 # (a, t), NaN where an answer could not be graded; the tasks stand in the same order everywhere.
@@ -137,9 +137,11 @@ def gp_argmax(blocks: Sequence[Block]) -> Array | None:
     found = _process(blocks)
     if found is None or found.pays <= PAYS_FROM:
         return None
-    heights = np.array([found.slope(place)[0] for place in found.places])
-    starts = found.places[np.argsort(-heights)[:5]]
-    return max((_climb(found, start) for start in starts), key=lambda place: found.slope(place)[0])
+    with one_thread():
+        heights = np.array([found.slope(place)[0] for place in found.places])
+        starts = found.places[np.argsort(-heights)[:5]]
+        tops = [_climb(found, start) for start in starts]
+        return max(tops, key=lambda place: found.slope(place)[0])
 
 
 def _process(blocks: Sequence[Block]) -> Posterior | None:
