@@ -17,7 +17,7 @@ from evomerge.report.card import CardModel, model_card
 from evomerge.report.certainty import certainty_lines, certainty_markdown
 from evomerge.report.table import Row, outcome_markdown, outcome_rows, score_text
 from evomerge.search.log import begun_with
-from evomerge.search.status import BEST_FILE, study_status, trial_recipe
+from evomerge.search.status import BEST_FILE, Source, study_status, trial_recipe
 from evomerge.search.storage import held, open_log, write_whole
 from evomerge.search.study import study_directory
 from evomerge.search.timing import overhead_share
@@ -25,11 +25,13 @@ from evomerge.search.timing import overhead_share
 MODEL_FOLDER = "model"
 REPORT_FILE = "report.md"
 
-_SOURCES = {
+# Of winners that are no trials.
+_SOURCES: dict[Source, str] = {
     "mean": "a mean of the distribution that candidates were drawn from",
     "peak": "where a Gaussian process over all candidates is highest",
     "model": "one of the models, as it is",
     "uniform": "a uniform merge",
+    "warm start": "one of the merges that the search was given to start from",
 }
 
 _KINDS = {

@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from evomerge.errors import ConfigError
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, read_recipe
+from evomerge.report.results import _SOURCES, write_results
 from evomerge.search.log import EventLog
 from evomerge.search.loop import Outcome, run_search
-from evomerge.search.status import trial_recipe
+from evomerge.search.status import Source, trial_recipe
 from evomerge.search.storage import open_log
 from evomerge.search.story import Measured, Story
 from evomerge.search.study import read_study
-from tests.search.formula import formula_grade, opener
+from tests.search.formula import formula_grade, opener, weights_of
 
 GOOD = [0.85, 0.95, 0.9, 0.88]
 Search = Callable[..., Outcome]
@@ -104,6 +105,29 @@ def test_a_recipe_that_is_better_than_the_sweep_is_where_the_search_starts(
     assert all(
         abs(gene - good) < 1.2 for genome in first for gene, good in zip(genome, GOOD, strict=True)
     )
+
+
+def test_a_warm_start_that_nothing_beats_wins_with_report_and_model(
+    search: Search, storage: Path, models: Path, tmp_path: Path
+) -> None:
+    write_recipe(tmp_path / "good.yaml", models, GOOD)
+
+    def grade(recipe: Recipe, task: str) -> float:
+        return 1.0 if weights_of(recipe) == GOOD else 0.1 * formula_grade(recipe, task)
+
+    outcome = search("warm", grade=grade, warm_start="good.yaml", selection={"attempts": 1})
+    assert (outcome.status["best"]["source"], outcome.status["best"]["number"]) == (
+        "warm start",
+        None,
+    )
+    results = write_results(storage, "warm", lambda line: None)
+    assert "The winner is one of the merges that the search was given" in results.report.read_text()
+    assert read_recipe(results.config) == outcome.recipe
+    assert weights_of(outcome.recipe) == GOOD
+
+
+def test_every_winner_that_is_no_trial_has_words_in_the_report() -> None:
+    assert {*_SOURCES, "trial"} == set(get_args(Source))
 
 
 def test_a_recipe_that_is_worse_does_not_lead_the_search_astray(
