@@ -99,6 +99,7 @@ class JudgeClient:
 
     def __init__(self, server: JudgeServer, key: str | None, account: Account) -> None:
         self._server = server
+        self._key = key
         self._account = account
         self._pace = Pace(server)
         self._slots = asyncio.Semaphore(server.concurrency)
@@ -254,14 +255,27 @@ class JudgeClient:
         except APITimeoutError as error:
             raise _TemporaryError(f"no reply within {self._server.timeout:g} s") from error
         except APIConnectionError as error:
-            raise _TemporaryError(f"no connection: {error.__cause__ or error}") from error
+            raise _TemporaryError(
+                self._quoted("no connection", error.__cause__ or error)
+            ) from error
         except APIStatusError as error:
             self._sort(error)
         except (OpenAIError, ValueError) as error:  # a body that is no JSON
-            raise _TemporaryError(f"what it sent cannot be read: {error}") from error
+            raise _TemporaryError(self._quoted("what it sent cannot be read", error)) from error
+
+    def _quoted(self, what: str, said: object) -> str:
+        """What went wrong and what was said of it, in one short line; never with the key.
+
+        Some servers quote one that they do not take.
+        """
+        line = " ".join(str(said).split())
+        if self._key is not None:
+            line = line.replace(self._key, "…")
+        return f"{what}: {line if len(line) <= 300 else f'{line[:300]}…'}"
 
     def _sort(self, error: APIStatusError) -> NoReturn:
-        status, words = error.status_code, f"{error.status_code}: {_words(error)}"
+        status = error.status_code
+        words = self._quoted(str(status), _words(error))
         where = f"judge: {self._server.base_url}"
         if status == 429 and error.code == "insufficient_quota":
             raise RunError(f"{where} says {words}") from error
@@ -367,8 +381,7 @@ def _retry_after(error: APIStatusError) -> float:
 
 
 def _words(error: APIStatusError) -> str:
-    """What a server says of an error, in one short line."""
+    """What a server says of an error."""
     body = error.body
     said = body.get("message") if isinstance(body, Mapping) else None
-    line = " ".join(str(said or error.message).split())
-    return line if len(line) <= 300 else f"{line[:300]}…"
+    return str(said or error.message)

@@ -252,7 +252,7 @@ def judge_from_mapping(content: object, where: str) -> JudgeConfig:
 def key_of(server: JudgeServer, environment: Mapping[str, str]) -> str | None:
     """The key for a judge, from its variable; None where it needs none.
 
-    Raises ConfigError naming a variable that is not set.
+    Raises ConfigError naming a variable that is not set, or holds what cannot be sent.
     """
     if server.api_key_env is None:
         return None
@@ -261,6 +261,12 @@ def key_of(server: JudgeServer, environment: Mapping[str, str]) -> str | None:
         raise ConfigError(
             f"judge: api_key_env: the variable {server.api_key_env} is not set; it should hold "
             f"the key for {server.host}"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        # An HTTP header takes no other, and who says so quotes it.
+        raise ConfigError(
+            f"judge: api_key_env: what the variable {server.api_key_env} holds is no key: one has "
+            "ASCII characters alone, without spaces and line breaks"
         )
     return key
 

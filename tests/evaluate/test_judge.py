@@ -346,6 +346,23 @@ def test_the_key_is_sent_and_never_shown(
     with pytest.raises(RunError, match=r"401: wrong key \(the key in TEST_JUDGE_KEY\)") as caught:
         opened(api_key_env="TEST_JUDGE_KEY").grade_all(requests(2)).result(60)
     assert "hidden-value" not in str(caught.value)
+    # Where the server itself quotes it, too.
+    quoting = '{"error": {"message": "no such key: hidden-value"}}'
+    server.faults = [Fault(401, {}, quoting)]
+    with pytest.raises(RunError, match="401: no such key: …") as caught:
+        opened(api_key_env="TEST_JUDGE_KEY").grade_all(requests(4)).result(60)
+    assert "hidden-value" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden\nvalue", "hidden value", "hidden–value"])
+def test_a_key_that_no_header_takes_is_refused_unseen(
+    opened: Open, server: ScriptedJudge, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("TEST_JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="TEST_JUDGE_KEY holds is no key: one has") as caught:
+        opened(api_key_env="TEST_JUDGE_KEY")
+    assert "hidden" not in str(caught.value)
+    assert server.headers == []
 
 
 def test_an_unset_key_variable_is_named_before_anything_else(
