@@ -403,7 +403,8 @@ def _with_code_beside(content: dict[str, Any], folder: Path, seen_from: Path) ->
 
 
 def _beside(name: object, folder: Path) -> object:
-    return str(folder / Path(name).expanduser()) if isinstance(name, str) else name
+    # Absolute: whoever reads it puts another folder in front of what is not.
+    return str((folder / Path(name).expanduser()).absolute()) if isinstance(name, str) else name
 
 
 def _with_texts(content: dict[str, Any], folder: Path) -> dict[str, Any]:

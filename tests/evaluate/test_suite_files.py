@@ -176,6 +176,22 @@ def test_a_judge_without_a_rubric_is_told_what_jsonl_judge_tells_it(tmp_path: Pa
     assert suite.config.rubric == load_suite("jsonl-judge", tmp_path, path).config.rubric
 
 
+def test_tables_stay_beside_the_suite_that_names_them_wherever_it_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    write_table(tmp_path / "outer", ".jsonl", ROWS)
+    (inner / "one.yaml").write_text("data: ../tasks.jsonl")
+    (inner / "two.yaml").write_text("like: one.yaml")
+    (inner.parent / "three.yaml").write_text("like: inner/two.yaml")
+    monkeypatch.chdir(tmp_path)
+    names = ("outer/inner/one.yaml", "outer/inner/two.yaml", "outer/three.yaml")
+    suites = [load_suite(name, Path()) for name in names]
+    assert len({suite.digest for suite in suites}) == 1
+    assert len(suites[0].tasks) == len(ROWS)
+
+
 def test_a_suite_that_is_like_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("like: two.yaml")
     (tmp_path / "two.yaml").write_text("like: one.yaml")
