@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evomerge.engine import EngineConfig, open_engine
-from evomerge.engine.base import Completion, GenerationSettings
+from evomerge.engine.base import Completion, Each, GenerationSettings
 from evomerge.errors import ConfigError, OutputExistsError
 from evomerge.evaluate.answering import (
     Answers,
@@ -123,10 +123,11 @@ class Interrupted(CountingEngine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         if len(self.calls) == 1:
             raise KeyboardInterrupt
-        return super().generate(prompts, settings, add_special_tokens=add_special_tokens)
+        return super().generate(prompts, settings, add_special_tokens=add_special_tokens, each=each)
 
 
 def test_a_killed_run_goes_on_and_answers_again_only_the_unit_in_flight(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -44,6 +44,10 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     version: str
+
+
+# Is told a completion, and its place among those asked for, as soon as it is finished.
+Each = Callable[[int, Completion], None]
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,13 @@ class Engine(ABC):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
-        """One completion per prompt, in their order; `settings` for all, or one for each."""
+        """One completion per prompt, in their order; `settings` for all, or one for each.
+
+        `each` gets every completion as soon as the engine knows it, in the caller's thread; the
+        completions are the same with and without it. What it raises ends the call.
+        """
 
     @abstractmethod
     def log_probabilities(

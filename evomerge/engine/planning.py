@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.engine.base import Completion, Engine, EngineConfig, GenerationSettings, Prompt
+from evomerge.engine.base import (
+    Completion,
+    Each,
+    Engine,
+    EngineConfig,
+    GenerationSettings,
+    Prompt,
+)
 from evomerge.engine.tokenizer import Tokenizer
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError, EvomergeError
 from evomerge.merge.checkpoint import Checkpoint
@@ -110,18 +117,25 @@ class PlanningEngine(Engine):
 def by_settings(
     prompts: Sequence[Prompt],
     settings: GenerationSettings | Sequence[GenerationSettings],
-    generate: Callable[[Sequence[Prompt], GenerationSettings], Sequence[Completion]],
+    generate: Callable[[Sequence[Prompt], GenerationSettings], Iterable[Completion]],
+    each: Each | None = None,
 ) -> list[Completion]:
-    """One completion per prompt: `generate` is called once for all that are sampled alike."""
+    """One completion per prompt: `generate` is called once for all that are sampled alike.
+
+    `each` is told every one as `generate` gives it.
+    """
     if isinstance(settings, GenerationSettings):
-        return list(generate(prompts, settings))
+        settings = [settings] * len(prompts)
     groups: dict[GenerationSettings, list[int]] = {}
-    for place, each in enumerate(settings):
-        groups.setdefault(each, []).append(place)
+    for place, own in enumerate(settings):
+        groups.setdefault(own, []).append(place)
     found: dict[int, Completion] = {}
-    for each, places in groups.items():
-        completions = generate([prompts[place] for place in places], each)
-        found.update(zip(places, completions, strict=True))
+    for shared, places in groups.items():
+        completions = generate([prompts[place] for place in places], shared)
+        for place, completion in zip(places, completions, strict=True):
+            found[place] = completion
+            if each is not None:
+                each(place, completion)
     return [found[place] for place in range(len(prompts))]
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
+from evomerge.engine.base import (
+    Completion,
+    Each,
+    EngineConfig,
+    GenerationSettings,
+    Loaded,
+    Prompt,
+)
 from evomerge.engine.planning import (
     PlanningEngine,
     by_settings,
@@ -124,23 +131,23 @@ class TransformersEngine(PlanningEngine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         return by_settings(
             prompts,
             settings,
             lambda some, alike: self._generate(some, alike, add_special_tokens=add_special_tokens),
+            each,
         )
 
     def _generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings, *, add_special_tokens: bool
-    ) -> list[Completion]:
-        completions: list[Completion] = []
+    ) -> Iterator[Completion]:
         for start in range(0, len(prompts), BATCH):
             batch = self.encode(
                 prompts[start : start + BATCH], add_special_tokens=add_special_tokens
             )
-            completions += self._generate_batch(batch, settings)
-        return completions
+            yield from self._generate_batch(batch, settings)
 
     def _generate_batch(
         self, prompts: list[list[int]], settings: GenerationSettings

@@ -6,12 +6,19 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
+from evomerge.engine.base import (
+    Completion,
+    Each,
+    EngineConfig,
+    GenerationSettings,
+    Loaded,
+    Prompt,
+)
 from evomerge.engine.planning import (
     ASK_WORKERS,
     PlanningEngine,
@@ -115,11 +122,14 @@ class VLLMEngine(PlanningEngine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         if isinstance(settings, GenerationSettings):
             sampling = sampling_params(settings)
         else:
             sampling = [sampling_params(one) for one in settings]
+        if each is not None:
+            return self._stream(prompts, sampling, each, add_special_tokens=add_special_tokens)
         outputs = self._run(prompts, sampling, add_special_tokens=add_special_tokens)
         return [self._completion(output) for output in outputs]
 
@@ -160,15 +170,47 @@ class VLLMEngine(PlanningEngine):
     def _run(
         self, prompts: Sequence[Prompt], sampling: Any, *, add_special_tokens: bool
     ) -> list[Any]:
+        llm, inputs = self._inputs(prompts, add_special_tokens=add_special_tokens)
+        return list(self._call(lambda: llm.generate(inputs, sampling, use_tqdm=False)))
+
+    def _stream(
+        self, prompts: Sequence[Prompt], sampling: Any, each: Each, *, add_special_tokens: bool
+    ) -> list[Completion]:
+        """`LLM.generate` step by step: all requests are there before the first, as they are there.
+
+        So the same batches form, and the answers are the same bits.
+        """
+        llm, inputs = self._inputs(prompts, add_special_tokens=add_special_tokens)
+        requests = self._call(lambda: llm.enqueue(inputs, sampling, use_tqdm=False))
+        # Outputs bear the number before the random part of what `enqueue` names them.
+        places = {name.partition("-")[0]: place for place, name in enumerate(requests)}
+        found: dict[int, Completion] = {}
+        try:
+            while llm.llm_engine.has_unfinished_requests():
+                for output in self._call(llm.llm_engine.step):
+                    if output.finished:
+                        place = places[output.request_id]
+                        found[place] = self._completion(output)
+                        each(place, found[place])
+        except BaseException:
+            with contextlib.suppress(Exception):  # the engine may be gone
+                llm.llm_engine.abort_request(requests, internal=True)
+            raise
+        return [found[place] for place in range(len(prompts))]
+
+    def _inputs(
+        self, prompts: Sequence[Prompt], *, add_special_tokens: bool
+    ) -> tuple[Any, list[dict[str, list[int]]]]:
         if self._llm is None:
             raise EngineDiedError("no model is loaded")
-        llm = self._llm
         encoded = self.encode(prompts, add_special_tokens=add_special_tokens)
-        inputs = [{"prompt_token_ids": ids} for ids in encoded]
+        return self._llm, [{"prompt_token_ids": ids} for ids in encoded]
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        """What `work` makes of the engine; EngineDiedError where that fails."""
         try:
             with environment(engine_variables(self.config)):
-                outputs = while_alive(llm, lambda: llm.generate(inputs, sampling, use_tqdm=False))
-            return list(outputs)
+                return while_alive(self._llm, work)
         except engine_failures() as error:
             raise EngineDiedError(f"vLLM failed while generating: {error}") from error
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import httpx
 
-from evomerge.engine.base import Completion, EngineConfig, GenerationSettings, Loaded, Prompt
+from evomerge.engine.base import (
+    Completion,
+    Each,
+    EngineConfig,
+    GenerationSettings,
+    Loaded,
+    Prompt,
+)
 from evomerge.engine.planning import (
     ASK_WORKERS,
     PlanningEngine,
@@ -103,11 +110,13 @@ class VLLMServer(PlanningEngine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         return by_settings(
             prompts,
             settings,
             lambda some, alike: self._generate(some, alike, add_special_tokens=add_special_tokens),
+            each,
         )
 
     def _generate(

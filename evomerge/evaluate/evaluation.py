@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +18,14 @@ from evomerge.evaluate.likelihood import LikelihoodScorer, likelihoods
 from evomerge.evaluate.prompts import ask, uses_chat
 from evomerge.evaluate.scorers import Scorer
 from evomerge.evaluate.suite import Suite, continuations_of
-from evomerge.evaluate.task import Grader, GradeRequest, ScorerGrade, Task, TaskResult
+from evomerge.evaluate.task import (
+    Grader,
+    GradeRequest,
+    GradingUnit,
+    ScorerGrade,
+    Task,
+    TaskResult,
+)
 
 Result = TypeVar("Result")
 
@@ -74,13 +81,8 @@ class Evaluation:
             return when_all_done([], lambda: self._results(asked, waiting, attempt))
         for turn in range(1 + max((len(one.task.turns) for one in asked), default=0)):
             now = [one for one in asked if turn <= len(one.task.turns)]
-            self._answer(now, attempt)
-            self._score(now)
             # At once: the first turn is graded while the second is generated.
-            for grader in self._graders.values():
-                requests = [_request(one, attempt) for one in now]
-                with self._engine.resting() if grader.needs_gpu else nullcontext():
-                    waiting.append((now, grader.grade_all(requests)))
+            waiting += [(now, future) for future in self._answer_and_grade(now, attempt)]
         pending = [future for _, future in waiting]
         return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
 
@@ -110,14 +112,49 @@ class Evaluation:
                 one.prompts.append(prompt)
                 one.answers.append(Completion(answer, (), "none", 0, engine.version))
 
-    def _answer(self, asked: Sequence[_Conversation], attempt: int) -> None:
-        """One generate call for the next turn of each."""
+    def _answer_and_grade(
+        self, asked: Sequence[_Conversation], attempt: int
+    ) -> list[Future[list[ScorerGrade]]]:
+        """The next turn of each, and what each grader will make of it.
+
+        Graders get every answer as it is finished; those on the engine's GPU all of them after.
+        """
+        with ExitStack() as open_units:
+            units = {
+                name: open_units.enter_context(grader.unit())
+                for name, grader in self._graders.items()
+                if not grader.needs_gpu
+            }
+            self._answer(asked, attempt, list(units.values()))
+            self._score(asked)
+        futures = []
+        for name, grader in self._graders.items():
+            if name in units:
+                futures.append(units[name].future)
+                continue
+            with self._engine.resting():
+                futures.append(grader.grade_all([_request(one, attempt) for one in asked]))
+        return futures
+
+    def _answer(
+        self, asked: Sequence[_Conversation], attempt: int, units: Sequence[GradingUnit]
+    ) -> None:
+        """One generate call for the next turn of each; `units` get the answers as they come."""
         suite, engine = self._suite, self._engine
         prompts = [ask(engine, suite.chat, one.task, one.texts) for one in asked]
         settings = [suite.generation(one.task, attempt) for one in asked]
+
+        def hand_on(place: int, completion: Completion) -> None:
+            request = _request(asked[place], attempt, completion.text)
+            for unit in units:
+                unit.add(place, request)
+
         started = time.perf_counter()
         completions = engine.generate(
-            prompts, _one_if_alike(settings), add_special_tokens=not uses_chat(engine, suite.chat)
+            prompts,
+            _one_if_alike(settings),
+            add_special_tokens=not uses_chat(engine, suite.chat),
+            each=hand_on if units else None,
         )
         taken = time.perf_counter() - started
         self.generation_seconds += taken
@@ -274,10 +311,11 @@ def _grader(name: str, graders: Mapping[str, Grader]) -> Grader:
     return graders[name]
 
 
-def _request(one: _Conversation, attempt: int) -> GradeRequest:
-    *earlier, answer = one.texts
-    turn = len(earlier)
-    return GradeRequest(one.task.at_turn(turn), answer, attempt, tuple(earlier))
+def _request(one: _Conversation, attempt: int, answer: str | None = None) -> GradeRequest:
+    """The request to grade the last answer, or `answer`, which is the next one."""
+    texts = one.texts if answer is None else (*one.texts, answer)
+    earlier = texts[:-1]
+    return GradeRequest(one.task.at_turn(len(earlier)), texts[-1], attempt, earlier)
 
 
 def _one_if_alike(

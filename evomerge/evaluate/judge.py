@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from evomerge.database import Database
 from evomerge.errors import CandidateError, RunError
@@ -63,6 +63,52 @@ class _Question:
     asked: Asked
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What has become of a unit's questions so far, by key; `others` began some of the calls."""
+
+    known: dict[str, _Opinion] = field(default_factory=dict)
+    calls: dict[str, asyncio.Task[_Opinion]] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer with its place in its unit, and what is asked about it."""
+
+    place: int
+    item: GradeRequest
+    questions: Sequence[_Question]
+
+
+class _Unit:
+    """The answers of a unit on their way to the judge (`evaluate.task.GradingUnit`).
+
+    `questions` has those about an answer; `grade` grades what comes out of a queue, until None.
+    """
+
+    def __init__(
+        self,
+        thread: LoopThread,
+        questions: Callable[[GradeRequest], Sequence[_Question]],
+        grade: Callable[[_Queue], Coroutine[Any, Any, list[ScorerGrade]]],
+    ) -> None:
+        self._thread = thread
+        self._questions = questions
+        self._queue: _Queue = asyncio.Queue()
+        self.future = thread.submit(grade(self._queue))
+
+    def add(self, place: int, item: GradeRequest) -> None:
+        answer = _Answer(place, item, self._questions(item))
+        self._thread.call(self._queue.put_nowait, answer)
+
+    def end(self) -> None:
+        self._thread.call(self._queue.put_nowait, None)
+
+
+_Queue: TypeAlias = "asyncio.Queue[_Answer | None]"
+
+
 class Judge:
     """Grades answers by a panel of language models (`evaluate.task.Grader`).
 
@@ -96,22 +142,38 @@ class Judge:
         no grade; RunError where the judge cannot be reached or a limit of its cost is reached. No
         call that was paid is lost by either.
         """
-        questions = [self._questions(item) for item in items]
-        if self._thread is None:
-            # Not before it is needed: engines fork, which threads make unsafe.
-            self._thread = LoopThread()
-        if not self._sleepers or self._all_known(questions):
-            return self._thread.submit(self._grade_all(items, questions))
+        answers = [_Answer(place, item, self._questions(item)) for place, item in enumerate(items)]
+        thread = self._running_thread()
+        if not self._sleepers or self._all_known(answers):
+            return thread.submit(self._grade_all(answers))
         with ExitStack() as asleep_again:
             for sleeper in self._sleepers:
                 sleeper.wake()
                 asleep_again.callback(sleeper.sleep)
-            future = self._thread.submit(self._grade_all(items, questions))
+            future = thread.submit(self._grade_all(answers))
             wait([future])
         return future
 
-    def _all_known(self, questions: Sequence[Sequence[_Question]]) -> bool:
-        keys = {each.asked.key for some in questions for each in some}
+    @contextmanager
+    def unit(self) -> Iterator[_Unit]:
+        """See `evaluate.task.Grader`; grades and errors are those of `grade_all`."""
+        assert not self._sleepers
+        unit = _Unit(self._running_thread(), self._questions, self._grade_queue)
+        try:
+            yield unit
+        except BaseException:
+            unit.future.cancel()
+            raise
+        unit.end()
+
+    def _running_thread(self) -> LoopThread:
+        if self._thread is None:
+            # Not before it is needed: engines fork, which threads make unsafe.
+            self._thread = LoopThread()
+        return self._thread
+
+    def _all_known(self, answers: Sequence[_Answer]) -> bool:
+        keys = {each.asked.key for one in answers for each in one.questions}
         known = self._replies.look_up(list(keys))
         return all(key in known and known[key].grade is not None for key in keys)
 
@@ -151,49 +213,78 @@ class Judge:
         )
         return _Question(seat, asked)
 
-    async def _grade_all(
-        self, items: Sequence[GradeRequest], questions: Sequence[Sequence[_Question]]
-    ) -> list[ScorerGrade]:
-        opinions = await self._opinions([each for some in questions for each in some])
+    async def _grade_all(self, answers: Sequence[_Answer]) -> list[ScorerGrade]:
+        begun = _Begun()
+        self._begin([each for one in answers for each in one.questions], begun)
+        return await self._graded(answers, begun)
+
+    async def _grade_queue(self, queue: _Queue) -> list[ScorerGrade]:
+        begun = _Begun()
+        answers: list[_Answer] = []
+        while (answer := await queue.get()) is not None:
+            self._begin(answer.questions, begun)
+            answers.append(answer)
+        return await self._graded(sorted(answers, key=lambda one: one.place), begun)
+
+    async def _graded(self, answers: Sequence[_Answer], begun: _Begun) -> list[ScorerGrade]:
+        """A grade per answer, once all that was begun is there."""
+        opinions = await self._opinions(begun)
         graded = []
-        for item, some in zip(items, questions, strict=True):
-            pairs = [(each, opinions[each.asked.key]) for each in some]
-            graded.append(self._grade(item, pairs))
+        for one in answers:
+            pairs = [(each, opinions[each.asked.key]) for each in one.questions]
+            graded.append(self._grade(one.item, pairs))
             # Equal answers are one call, which is paid for once.
             opinions |= {each.asked.key: opinion.for_free() for each, opinion in pairs}
         self._refuse_too_many_unscored(graded, list(opinions.values()))
         return graded
 
-    async def _opinions(self, questions: Sequence[_Question]) -> dict[str, _Opinion]:
-        """key -> opinion: those that are known, then those that are asked for."""
-        by_key = {question.asked.key: question for question in questions}
-        # No `await` until every call is in `_calls`: so no two make the same one.
+    def _begin(self, questions: Sequence[_Question], begun: _Begun) -> None:
+        """Asks what is neither known nor asked already, and notes all of it in `begun`.
+
+        No coroutine: every call is in `_calls` before another can look, so no two make the same.
+        """
+        by_key = {
+            question.asked.key: question
+            for question in questions
+            if question.asked.key not in begun.known and question.asked.key not in begun.calls
+        }
         known = self._replies.look_up([key for key in by_key if key not in self._calls])
-        opinions: dict[str, _Opinion] = {}
-        waiting: dict[str, asyncio.Task[_Opinion]] = {}
-        others = set(self._calls)  # begun, and paid for, by somebody else
         for key, question in by_key.items():
             found = known.get(key, Known())
             if found.grade is not None:
-                opinions[key] = _Opinion(found.grade, found.reply)
+                begun.known[key] = _Opinion(found.grade, found.reply)
+            elif key in self._calls:  # begun, and paid for, by somebody else
+                begun.others.add(key)
+                begun.calls[key] = self._calls[key]
             else:
-                waiting[key] = self._calls.get(key) or self._begin_call(question, found.failures)
-        if waiting:
+                begun.calls[key] = self._begin_call(question, found.failures)
+
+    async def _opinions(self, begun: _Begun) -> dict[str, _Opinion]:
+        """key -> opinion: those that are known, then those that are asked for."""
+        calls = begun.calls
+        if calls:
             # All of them, whatever becomes of some: what is paid for is to be kept.
-            await asyncio.wait(waiting.values())
-            for error in [call.exception() for call in waiting.values()]:
+            await asyncio.wait(calls.values())
+            for error in [call.exception() for call in calls.values()]:
                 if error is not None:
                     raise error
-        given = {key: call.result() for key, call in waiting.items()}
-        return opinions | {
-            key: opinion.for_free() if key in others else opinion for key, opinion in given.items()
+        given = {key: call.result() for key, call in calls.items()}
+        return begun.known | {
+            key: opinion.for_free() if key in begun.others else opinion
+            for key, opinion in given.items()
         }
 
     def _begin_call(self, question: _Question, failures: int) -> asyncio.Task[_Opinion]:
         key = question.asked.key
         call = asyncio.create_task(self._ask(question, failures))
         self._calls[key] = call
-        call.add_done_callback(lambda _: self._calls.pop(key, None))
+
+        def done(_: asyncio.Task[_Opinion]) -> None:
+            self._calls.pop(key, None)
+            if not call.cancelled():
+                call.exception()  # nobody may be left who asks for it: a unit was given up
+
+        call.add_done_callback(done)
         return call
 
     async def _ask(self, question: _Question, failures: int) -> _Opinion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
@@ -22,6 +22,10 @@ class LoopThread:
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
         """The coroutine's result, later."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Has the loop call `function`, soon; what it returns goes nowhere."""
+        self._loop.call_soon_threadsafe(function, *arguments)
 
     def close(self) -> None:
         """Cancels what runs, waits for it to end, and ends the thread."""

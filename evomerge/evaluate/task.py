@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -98,6 +99,15 @@ class GradeRequest:
     earlier: tuple[str, ...] = ()
 
 
+class GradingUnit(Protocol):
+    """Answers that are graded as they come; `future` is as that of `Grader.grade_all`."""
+
+    future: Future[list[ScorerGrade]]
+
+    def add(self, place: int, item: GradeRequest) -> None:
+        """Begins to grade the answer whose grade is to be at `place`; it returns at once."""
+
+
 class Grader(Protocol):
     """Grades answers elsewhere, while the engine goes on: a judge behind a network.
 
@@ -115,4 +125,11 @@ class Grader(Protocol):
 
         What cannot be graded has the grade None. The future raises CandidateError where too much
         of a candidate cannot, RunError where the run must stop.
+        """
+
+    def unit(self) -> AbstractContextManager[GradingUnit]:
+        """A unit that takes answers for the block, from graders that do not need the GPU.
+
+        At the block's end it has all; where the block raises it is given up, and what was begun is
+        kept for whoever asks next.
         """

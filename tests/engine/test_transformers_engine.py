@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from evomerge.engine import EngineConfig, open_engine
-from evomerge.engine.base import GenerationSettings
+from evomerge.engine.base import Completion, GenerationSettings
 from evomerge.engine.transformers_engine import TransformersEngine
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.materialize import materialize
@@ -118,6 +118,34 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(tmp_path: Path) -> None:
         cut = engine.generate(PROMPTS[:1], settings, add_special_tokens=True)[0]
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+def test_a_batch_is_told_before_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.engine.transformers_engine.BATCH", 2)
+    family = make_family("llama", tmp_path)
+    events: list[object] = []
+    odd, even = GenerationSettings(4), GenerationSettings(5)
+    settings = [odd if place % 2 else even for place in range(len(PROMPTS))]
+    with family.open("transformers") as engine:
+        assert isinstance(engine, TransformersEngine)
+        whole = engine.generate(PROMPTS, settings, add_special_tokens=True)
+        write = engine._generate_batch
+
+        def watched(prompts: list[list[int]], alike: GenerationSettings) -> list[Completion]:
+            events.append("written")
+            return write(prompts, alike)
+
+        monkeypatch.setattr(engine, "_generate_batch", watched)
+
+        def tell(place: int, completion: Completion) -> None:
+            assert completion == whole[place]
+            events.append(place)
+
+        assert engine.generate(PROMPTS, settings, add_special_tokens=True, each=tell) == whole
+    evens, odds = ["written", 0, 2, "written", 4, 6], ["written", 1, 3, "written", 5, 7]
+    assert events == [*evens, *odds]
 
 
 def test_nan_fails_the_candidate(tmp_path: Path) -> None:

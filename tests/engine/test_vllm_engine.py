@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evomerge.engine import EngineConfig
-from evomerge.engine.base import GenerationSettings
+from evomerge.engine.base import Completion, GenerationSettings
 from evomerge.engine.planning import ASK_WORKERS, failure_of
 from evomerge.engine.vllm_engine import VLLMEngine
 from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
@@ -142,6 +142,53 @@ def test_answers_sampled_with_a_seed_survive_more_prompts_than_a_step_has_room_f
     assert len(set(written)) > 1
     again = [one.token_ids for one in engine.generate(prompts, sampled, add_special_tokens=True)]
     assert again == written
+
+
+class _EnoughError(Exception):
+    """Whoever gets the answers wants no more of them."""
+
+
+def test_answers_told_one_by_one_are_those_of_a_whole_call(
+    engine_and_family: tuple[VLLMEngine, Family],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(1))
+    lengths = [20, 3, 15, 6, 12, 1, 9, 18]
+    settings = [GenerationSettings(max_tokens=n, temperature=0.7, seed=n) for n in lengths]
+    whole = engine.generate(PROMPTS, settings, add_special_tokens=True)
+    told: list[tuple[int, Completion]] = []
+
+    def tell(place: int, completion: Completion) -> None:
+        told.append((place, completion))
+
+    again = engine.generate(PROMPTS, settings, add_special_tokens=True, each=tell)
+    assert again == whole
+    assert sorted(told, key=lambda one: one[0]) == list(enumerate(whole))
+    # As they were finished: the shorter ones first.
+    assert [place for place, _ in told] != list(range(len(PROMPTS)))
+    assert engine.generate(PROMPTS, settings, add_special_tokens=True) == whole
+
+
+def test_a_call_that_is_ended_midway_leaves_nothing_in_the_engine(
+    engine_and_family: tuple[VLLMEngine, Family],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(2))
+    second = answers(engine)
+    engine.load(family.recipe(1))
+    first = answers(engine)
+    settings = [GenerationSettings(max_tokens=2 + 5 * place) for place in range(len(PROMPTS))]
+
+    def enough(place: int, completion: Completion) -> None:
+        raise _EnoughError
+
+    with pytest.raises(_EnoughError):
+        engine.generate(PROMPTS, settings, add_special_tokens=True, each=enough)
+    assert answers(engine) == first
+    with pytest.raises(_EnoughError):
+        engine.generate(PROMPTS, settings, add_special_tokens=True, each=enough)
+    engine.load(family.recipe(2))
+    assert answers(engine) == second
 
 
 def test_no_answer_of_a_switch_that_failed_is_believed(

@@ -27,6 +27,7 @@ from tests.engine.conftest import (
     OPTIONS,
     SETTINGS,
     Family,
+    answers_as_told,
     answers_one_by_one,
     overflowing,
     start,
@@ -51,12 +52,15 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
         for number in (0, 1, 0):
             engine.load(recipes[number])
             states.append((engine.parameter_checksums(), answers_one_by_one(engine)))
+        assert answers_as_told(engine) == states[0][1]
         if ranks == 2:
             _fail_on_the_second_rank_alone(engine, recipes[1], as_it_is(broken))
             engine.load(recipes[0])
             assert (engine.parameter_checksums(), answers_one_by_one(engine)) == states[0]
         if ranks == 1:
             _kill_children()
+            with pytest.raises(EngineDiedError):
+                answers_as_told(engine)
             with pytest.raises(EngineDiedError):
                 answers_one_by_one(engine)
     assert states[0] == states[2] != states[1]
@@ -189,6 +193,7 @@ def test_a_server_is_the_model_on_disk(server: str, family: Family, tmp_path: Pa
         for number in (0, 1, 0):
             engine.load(recipes[number])
             states.append((_checksums(server), answers_one_by_one(engine)))
+        assert answers_as_told(engine) == states[0][1]
         written = engine.generate(["One"], SETTINGS, add_special_tokens=True)
         assert written[0].version == engine.load(recipes[0]).version
         with pytest.raises(CandidateError, match="NaN or infinite"):

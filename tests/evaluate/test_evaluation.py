@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.suite import Suite, SuiteConfig
@@ -56,9 +56,14 @@ class CountingEngine(Engine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         self.calls.append((list(prompts), settings))
-        return [Completion(str(len(p.split())), (1,), "stop", 1, "v") for p in prompts]
+        written = [Completion(str(len(p.split())), (1,), "stop", 1, "v") for p in prompts]
+        for place in reversed(range(len(written))):  # the last is finished first
+            if each is not None:
+                each(place, written[place])
+        return written
 
     def log_probabilities(
         self, prompts: Sequence[str], *, add_special_tokens: bool
@@ -66,6 +71,17 @@ class CountingEngine(Engine):
         raise NotImplementedError
 
     def close(self) -> None: ...
+
+
+class LateUnit:
+    """Answers as they came, by place, and a future that is never done by itself."""
+
+    def __init__(self) -> None:
+        self.items: dict[int, GradeRequest] = {}
+        self.future: Future[list[ScorerGrade]] = Future()
+
+    def add(self, place: int, item: GradeRequest) -> None:
+        self.items[place] = item
 
 
 class LateGrader:
@@ -83,6 +99,13 @@ class LateGrader:
         self.asked.append(tuple(items))
         self.futures.append(Future())
         return self.futures[-1]
+
+    @contextmanager
+    def unit(self) -> Iterator[LateUnit]:
+        unit = LateUnit()
+        yield unit
+        self.asked.append(tuple(unit.items[place] for place in range(len(unit.items))))
+        self.futures.append(unit.future)
 
     def give(self, call: int, *grades: float | None) -> None:
         turn = len(self.asked[call][0].earlier)

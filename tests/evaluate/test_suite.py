@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
 from evomerge.errors import ConfigError
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.suite import (
@@ -64,9 +64,14 @@ class EchoEngine(Engine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
         self.calls.append((list(prompts), settings, add_special_tokens))
-        return [Completion(prompt.split()[-1], (1,), "stop", 3, "v0") for prompt in prompts]
+        written = [Completion(prompt.split()[-1], (1,), "stop", 3, "v0") for prompt in prompts]
+        for place, completion in enumerate(written):
+            if each is not None:
+                each(place, completion)
+        return written
 
     def log_probabilities(
         self, prompts: Sequence[str], *, add_special_tokens: bool

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from evomerge.engine.base import Completion, Engine, GenerationSettings, Loaded
+from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
 from evomerge.evaluate.suite import Suite, SuiteConfig, Task
 from evomerge.recipe import Recipe
 from evomerge.search.candidates import plain_recipe
@@ -46,8 +46,13 @@ class DiskEngine(Engine):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         add_special_tokens: bool,
+        each: Each | None = None,
     ) -> list[Completion]:
-        return [Completion(prompt, (1,), "stop", 1, "v") for prompt in prompts]
+        written = [Completion(prompt, (1,), "stop", 1, "v") for prompt in prompts]
+        for place, completion in enumerate(written):
+            if each is not None:
+                each(place, completion)
+        return written
 
     def log_probabilities(
         self, prompts: Sequence[str], *, add_special_tokens: bool
