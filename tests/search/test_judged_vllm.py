@@ -151,9 +151,7 @@ def test_a_judge_that_cannot_sleep_here_is_wrong_input(judge_model: Path, tmp_pa
 
 
 def _servers() -> list[psutil.Process]:
-    """vLLM servers that this process left behind."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if any("api_server" in word for word in child.cmdline())
-    ]
+    """vLLM servers that this process left behind; what has ended is none."""
+    children = psutil.Process().children(recursive=True)
+    running = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in running if any("api_server" in word for word in child.cmdline())]
