@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from evomerge.errors import ConfigError
 
 # `<<` takes over the keys of another mapping, and may be repeated.
 _MERGE = "tag:yaml.org,2002:merge"
@@ -12,6 +15,14 @@ _MERGE = "tag:yaml.org,2002:merge"
 _MOST_VALUES = 100_000
 _DEEPEST = 64
 _LONGEST_SHOWN = 60
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values in a YAML file, as of `load_yaml`; ConfigError where it cannot be read."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
 
 
 def load_yaml(text: str) -> Any:

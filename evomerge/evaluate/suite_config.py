@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,7 +25,7 @@ from evomerge.evaluate.own_scorers import entry_point_names, is_code
 from evomerge.evaluate.scorers import SCORERS
 from evomerge.evaluate.tables import read_text
 from evomerge.resources import data_root, is_bare_name, locate
-from evomerge.strict_yaml import load_yaml
+from evomerge.strict_yaml import read_yaml
 
 # The scorer that a language model behind a network stands for.
 JUDGE = "judge"
@@ -329,10 +328,7 @@ def chat_template_names() -> list[str]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a suite is a mapping with the keys {', '.join(_keys())}")
     return content

@@ -17,6 +17,21 @@ from rich.progress import (
 )
 
 
+def counting_bar(console: Console) -> Progress:
+    """A bar of how many are done, with the time that is left and a `note` behind it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        refresh_per_second=4,  # the engine shares this process
+    )
+
+
 class TaskBar:
     """Tells how many of `total` tasks are done and how many answers were cut; a context manager."""
 
@@ -25,17 +40,7 @@ class TaskBar:
         self._total = total
         self._what = what
         self._cut = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            refresh_per_second=4,  # the engine shares this process
-        )
+        self._bar = counting_bar(self._console)
         self._task = self._bar.add_task(what, total=total, note="")
 
     def __enter__(self) -> Self:

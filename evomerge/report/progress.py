@@ -6,16 +6,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
+from evomerge.report.bar import counting_bar
 from evomerge.search.story import Measured, Started, Story
 
 
@@ -48,21 +41,11 @@ class SearchDisplay:
         if isinstance(story, Started) and self._console.is_terminal:
             self._start(story)
         if isinstance(story, Measured) and self._bar is not None:
-            self._bar.update(self._task, completed=story.done, best=_best(story))
+            self._bar.update(self._task, completed=story.done, note=_best(story))
 
     def _start(self, story: Started) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[best]}"),
-            console=self._console,
-            refresh_per_second=4,  # the engine shares this process
-        )
-        self._task = self._bar.add_task("trials", total=story.total, completed=story.done, best="")
+        self._bar = counting_bar(self._console)
+        self._task = self._bar.add_task("trials", total=story.total, completed=story.done, note="")
         self._bar.start()
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -46,7 +45,7 @@ from evomerge.search.side_by_side import Contestant, Measured, evaluation_json, 
 from evomerge.search.storage import write_whole
 from evomerge.search.study import EngineSettings, StudyConfig, check_study_name
 from evomerge.search.tasks import draw_tasks
-from evomerge.strict_yaml import load_yaml
+from evomerge.strict_yaml import read_yaml
 
 Say = Callable[[str], None]
 
@@ -449,10 +448,7 @@ def _limited(suite: Suite, limit: int | None) -> tuple[Task, ...]:
 
 
 def _mapping(path: Path) -> Mapping[Any, Any]:
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: neither a mixture nor a study: both are mappings")
     return content

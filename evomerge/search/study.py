@@ -30,7 +30,7 @@ from evomerge.resources import locate
 from evomerge.search import defaults
 from evomerge.search.names import SamplerName
 from evomerge.space import SPACE_KEYS, Bounds, GenomeConfig, SpaceConfig, StackConfig
-from evomerge.strict_yaml import load_yaml
+from evomerge.strict_yaml import load_yaml, read_yaml
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -313,10 +313,7 @@ def read_study(reference: str, *, trust_code: bool = False) -> StudyConfig:
     keys that are not known to be harmless, and suites scorers that are code of their own.
     """
     path = locate(reference, "search_spaces")
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    content = read_yaml(path)
     return study_from_mapping(
         content, where=str(path), folder=path.resolve().parent, trust_code=trust_code
     )
