@@ -356,7 +356,7 @@ def load_harness(
     Raises ConfigError where there is no such task, its documents cannot be had, or a metric is not
     a mean over documents.
     """
-    extra = None if config.include_path is None else str(folder / config.include_path)
+    extra = None if config.include_path is None else _own_tasks(config.include_path, folder, where)
     loaded: dict[str, Any] = {}
     objectives: dict[str, HarnessTask] = {}
     ours: list[Task] = []
@@ -431,6 +431,14 @@ class HarnessEvaluation:
             attempt=attempt,
             details=(ScorerGrade(metric, value),),
         )
+
+
+def _own_tasks(path: str, folder: Path, where: str) -> str:
+    """The folder `harness.include_path`. ConfigError where there is none: nobody else looks."""
+    found = folder / Path(path).expanduser()
+    if not found.is_dir():
+        raise ConfigError(f"{where}: harness.include_path: there is no folder {found}")
+    return str(found)
 
 
 def _manager(folder: str | None, names: Sequence[str]) -> TaskManager:

@@ -37,6 +37,17 @@ _USUAL_RUBRIC = "jsonl-judge"
 
 # A suite of one's own adds to these of the suite that it is like, others it replaces.
 _MERGED = ("rubric", "by_category", "fields")
+# Of these `null` takes back what the other says; in the mappings also of a single key.
+_TAKEN_BACK = (
+    "by_category",
+    "fields",
+    "only",
+    "gates",
+    "turns",
+    "turn_references",
+    "choices",
+    "stop",
+)
 # Values that may be the text of a file: {file: NAME}, relative to the file that says so.
 _TEXTS = ("prompt", "chat_template")
 
@@ -180,7 +191,8 @@ class HarnessConfig(_Strict):
 class SuiteConfig(_Strict):
     """What a suite file, or the key `suite:` of a study, says.
 
-    `like` (a preset's name or a suite file) gives every key that is not said here.
+    `like` (a preset's name or a suite file) gives every key that is not said here; lists and
+    mappings of it are left out by `null`, and so is one key of `by_category` or `fields`.
 
     `harness` are tasks of lm-evaluation-harness, which need none of the keys for tables, prompts
     and scorers.
@@ -342,7 +354,7 @@ def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) 
     filled = _with_texts(content, folder)
     like = filled.pop("like", None)
     if like is None:
-        return filled
+        return _without_nulls(filled)
     if not isinstance(like, str):
         raise ConfigError(f"like: {like!r} is neither a preset's name nor a suite file")
     path = locate(like if is_bare_name(like) else str(folder / like), "evaluators")
@@ -353,7 +365,18 @@ def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) 
     for key in _MERGED:
         if isinstance(below.get(key), Mapping) and isinstance(filled.get(key), Mapping):
             filled[key] = {**below[key], **filled[key]}
-    return {**below, **filled}
+    return _without_nulls({**below, **filled})
+
+
+def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` without what a `null` took back of the suite that it is like."""
+    kept = {
+        key: content[key] for key in content if content[key] is not None or key not in _TAKEN_BACK
+    }
+    for key in _TAKEN_BACK:
+        if isinstance(value := kept.get(key), Mapping):
+            kept[key] = {name: value[name] for name in value if value[name] is not None}
+    return kept
 
 
 def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
@@ -367,7 +390,7 @@ def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A suite file's own tables stay the ones beside it."""
+    """A suite file's own tables and folders stay the ones beside it."""
     beside = dict(content)
     if isinstance(content.get("data"), str):
         beside["data"] = _beside(content["data"], folder)
@@ -380,22 +403,29 @@ def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _with_code_beside(content: dict[str, Any], folder: Path, seen_from: Path) -> dict[str, Any]:
-    """A suite file's own scorers stay the ones beside it.
+    """A suite file's own scorers, and its harness's task files, stay the ones beside it.
 
     Their names are as seen from the suite that is like it: these are part of a digest, in which
     the place of all the files has no part.
     """
 
+    def placed(name: str) -> str:
+        place = Path(name).expanduser()
+        return str(place if place.is_absolute() else os.path.relpath(folder / place, seen_from))
+
     def renamed(name: object) -> object:
         place, _, function = str(name).rpartition(":")
-        if not place.endswith(".py") or Path(place).is_absolute():
-            return name
-        return f"{os.path.relpath(folder / place, seen_from)}:{function}"
+        return f"{placed(place)}:{function}" if place.endswith(".py") else name
 
-    scorer = content.get("scorer")
+    beside = dict(content)
+    scorer, harness = content.get("scorer"), content.get("harness")
     if isinstance(scorer, Mapping):
-        return {**content, "scorer": {renamed(name): scorer[name] for name in scorer}}
-    return {**content, "scorer": renamed(scorer)} if isinstance(scorer, str) else content
+        beside["scorer"] = {renamed(name): scorer[name] for name in scorer}
+    elif isinstance(scorer, str):
+        beside["scorer"] = renamed(scorer)
+    if isinstance(harness, Mapping) and isinstance(harness.get("include_path"), str):
+        beside["harness"] = {**harness, "include_path": placed(harness["include_path"])}
+    return beside
 
 
 def _beside(name: object, folder: Path) -> object:

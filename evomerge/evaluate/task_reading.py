@@ -244,7 +244,7 @@ def _check_categories(config: SuiteConfig, tasks: Iterable[Task], path: Path) ->
         if unknown and not config.only:
             raise ConfigError(
                 f"{path}: {key}: no task is of category {unknown[0]!r}; there are "
-                f"{', '.join(known)}"
+                f"{', '.join(known)} (`{key}: null` leaves out what a suite has of another)"
             )
 
 

@@ -263,6 +263,22 @@ def test_tasks_that_cannot_be_an_objective_are_refused(
         suite_of(folder, task)
 
 
+def test_task_files_stay_beside_the_suite_that_names_them(folder: Path) -> None:
+    (folder / "suite.yaml").write_text(
+        "{harness: {tasks: [{name: tiny_choice}], include_path: tasks, limit: 2}}"
+    )
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine" / "one.yaml").write_text("{like: ../suite.yaml, system: Be brief.}")
+    (folder / "mine" / "two.yaml").write_text("{like: one.yaml}")
+    suite = load_suite("mine/two.yaml", folder, trust_code=True)
+    assert [task.id for task in suite.tasks] == ["tiny_choice/0", "tiny_choice/1"]
+    (folder / "mine" / "three.yaml").write_text(
+        "{harness: {tasks: [{name: tiny_choice}], include_path: tasks}}"
+    )
+    with pytest.raises(ConfigError, match=r"include_path: there is no folder .*mine/tasks"):
+        load_suite("mine/three.yaml", folder, trust_code=True)
+
+
 def test_task_files_of_ones_own_need_trust() -> None:
     harness = {"tasks": [{"name": "x"}], "include_path": "tasks"}
     with pytest.raises(ValueError, match="needs --trust-code"):

@@ -54,7 +54,8 @@ def write_table(folder: Path, kind: str, rows: Sequence[Mapping[str, object]]) -
 
 def loaded(path: Path, **settings: object) -> Suite:
     config = {"data": path.name, **settings}
-    return load_suite(SuiteConfig.model_validate(config), path.parent)
+    context = {"folder": path.parent}
+    return load_suite(SuiteConfig.model_validate(config, context=context), path.parent)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".xlsx"])
@@ -167,6 +168,35 @@ def test_a_suite_is_like_a_preset_but_for_what_it_says(tmp_path: Path) -> None:
     assert (suite.rubric.low, suite.rubric.high, suite.rubric.empty) == (1, 10, 1)
     assert "You grade the answer" in suite.rubric.prompt
     assert suite.config.max_tokens == 7
+
+
+def test_null_takes_back_what_the_other_suite_says(tmp_path: Path) -> None:
+    path = write_table(tmp_path, ".jsonl", ROWS)
+    (tmp_path / "one.yaml").write_text(
+        "{category: kind, by_category: {math: {top_p: 0.5}, text: {top_p: 0.6}}, stop: [x],"
+        " fields: {a: kind, b: kind}, gates: {empty: 0}, only: {kind: text}}"
+    )
+    nothing = {"only": None, "gates": None, "stop": None, "fields": {"a": None}}
+    with pytest.raises(ConfigError, match=r"category 'math'.*`by_category: null` leaves out"):
+        loaded(path, like="one.yaml", only=None)
+    one = loaded(path, like="one.yaml", by_category={"math": None}, **nothing)
+    assert one.config.by_category.keys() == {"text"}
+    assert (one.config.stop, one.config.gates, one.config.fields) == ((), {}, {"b": "kind"})
+    assert len(one.tasks) == len(ROWS)
+    (tmp_path / "two.yaml").write_text("{like: one.yaml, by_category: null, only: null}")
+    three = loaded(path, like="two.yaml", by_category={"sum": {"top_p": 0.7}})
+    assert three.config.by_category.keys() == {"sum"}
+
+
+def test_a_suite_like_japanese_mt_bench_may_have_questions_of_other_categories(
+    tmp_path: Path,
+) -> None:
+    rows = [{"question_id": 1, "turns": ["a"], "category": "law"}]
+    path = write_table(tmp_path, ".jsonl", rows)
+    like = {"like": "japanese-mt-bench", "reference_for": None, "reference": None, "join": None}
+    with pytest.raises(ConfigError, match="by_category: no task is of category"):
+        loaded(path, **like)
+    assert loaded(path, by_category=None, **like).tasks[0].category == "law"
 
 
 def test_a_judge_without_a_rubric_is_told_what_jsonl_judge_tells_it(tmp_path: Path) -> None:
