@@ -684,7 +684,7 @@ def _print_results(results: Results) -> None:
     from evomerge.report.results import time_split
     from evomerge.report.table import outcome_table
 
-    Console().print(outcome_table(results.rows, results.tasks))
+    Console().print(outcome_table(results.rows, results.tasks, results.held_out))
     for line in results.certainty:
         print(line)
     for words, seconds, share in time_split(results.seconds):

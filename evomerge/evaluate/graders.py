@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def shares_gpu(suite: Suite, judge: JudgeConfig | None) -> bool:
 
 @contextmanager
 def open_graders(
-    suite: Suite,
+    suites: Sequence[Suite],
     judge: JudgeConfig | None,
     *,
     open_database: Callable[[], Database],
@@ -45,23 +45,26 @@ def open_graders(
     folder: Path,
     environment: Mapping[str, str],
     say: Callable[[str], None],
-) -> Iterator[Mapping[str, Grader]]:
-    """The graders of a suite by scorer, for the block; none where it has scorers alone.
+) -> Iterator[Sequence[Mapping[str, Grader]]]:
+    """The graders of each suite by scorer, for the block; none where it has scorers alone.
 
-    `Evaluation` takes them. See `open_judge`, which also says what is raised, for the rest.
+    `Evaluation` takes them; suites share one judge. See `open_judge`, which also says what is
+    raised, for the rest.
     """
-    check_graders(suite, judge)
-    rubric = suite.rubric
-    if judge is None or rubric is None:
-        yield {}
+    for suite in suites:
+        check_graders(suite, judge)
+    rubrics = [suite.rubric for suite in suites]
+    first = next((rubric for rubric in rubrics if rubric is not None), None)
+    if judge is None or first is None:
+        yield [{} for _ in suites]
         return
     with open_judge(
         judge,
-        rubric,
+        first,
         open_database=open_database,
         payer=payer,
         folder=folder,
         environment=environment,
         say=say,
     ) as opened:
-        yield {JUDGE: opened}
+        yield [{} if rubric is None else {JUDGE: opened.by(rubric)} for rubric in rubrics]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import math
@@ -123,17 +124,29 @@ class Judge:
         self, config: JudgeConfig, rubric: Rubric, seats: Sequence[Seat], replies: Replies
     ) -> None:
         self._config = config
-        self._rubric = rubric
         self._seats = seats  # in the order of config.servers
         self._replies = replies
-        self.low, self.high = float(rubric.low), float(rubric.high)
+        self._go_by(rubric)
         self._sleepers = [Sleeper(seat.server.base_url) for seat in seats if seat.server.sleep]
         self.needs_gpu = bool(self._sleepers)
         self._clients: dict[Seat, JudgeClient] = {}
         self._calls: dict[str, asyncio.Task[_Opinion]] = {}
-        self._thread: LoopThread | None = None
+        self._thread = LoopThread()
         # SQLite has one writer at a time: waiting for it must not hold up the network.
         self._writer = ThreadPoolExecutor(max_workers=1)
+
+    def by(self, rubric: Rubric) -> Judge:
+        """The same judge, with its connections and limits, grading by another rubric.
+
+        It ends with the one that it was made of.
+        """
+        other = copy.copy(self)
+        other._go_by(rubric)
+        return other
+
+    def _go_by(self, rubric: Rubric) -> None:
+        self._rubric = rubric
+        self.low, self.high = float(rubric.low), float(rubric.high)
 
     def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
         """A grade per item, in their order; see `evaluate.task.Grader`.
@@ -143,14 +156,13 @@ class Judge:
         call that was paid is lost by either.
         """
         answers = [_Answer(place, item, self._questions(item)) for place, item in enumerate(items)]
-        thread = self._running_thread()
         if not self._sleepers or self._all_known(answers):
-            return thread.submit(self._grade_all(answers))
+            return self._thread.submit(self._grade_all(answers))
         with ExitStack() as asleep_again:
             for sleeper in self._sleepers:
                 sleeper.wake()
                 asleep_again.callback(sleeper.sleep)
-            future = thread.submit(self._grade_all(answers))
+            future = self._thread.submit(self._grade_all(answers))
             wait([future])
         return future
 
@@ -158,19 +170,13 @@ class Judge:
     def unit(self) -> Iterator[_Unit]:
         """See `evaluate.task.Grader`; grades and errors are those of `grade_all`."""
         assert not self._sleepers
-        unit = _Unit(self._running_thread(), self._questions, self._grade_queue)
+        unit = _Unit(self._thread, self._questions, self._grade_queue)
         try:
             yield unit
         except BaseException:
             unit.future.cancel()
             raise
         unit.end()
-
-    def _running_thread(self) -> LoopThread:
-        if self._thread is None:
-            # Not before it is needed: engines fork, which threads make unsafe.
-            self._thread = LoopThread()
-        return self._thread
 
     def _all_known(self, answers: Sequence[_Answer]) -> bool:
         keys = {each.asked.key for one in answers for each in one.questions}
@@ -179,9 +185,9 @@ class Judge:
 
     def close(self) -> None:
         """Lets calls in flight arrive for some seconds, then ends all."""
-        if self._thread is not None:
+        if self._thread.has_begun:
             self._thread.submit(self._wind_up()).result()
-            self._thread.close()
+        self._thread.close()
         self._writer.shutdown()
         self._replies.close()
 

@@ -58,7 +58,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if found["holdout"] and found["searched"]:
         yield "held out in both", found["holdout"]
         yield "searched on", found["searched"]
-    yield "all", found["all"]
+    if found["all"]:
+        yield "all", found["all"]
     for name, row in found["categories"].items():
         yield f"  {name}", row
 

@@ -367,12 +367,14 @@ def evaluate_study(
     study = resolve_study(config, storage)
     folder = study.directory
     model = folder / MODEL_FOLDER
-    tasks = study.holdout_tasks or study.suite.tasks
-    named = {config.base_model: study.base, **dict(zip(config.models, study.models, strict=True))}
+    suite = study.suite_of("holdout")
+    held_out = study.holdout_tasks if study.held_out is None else suite.tasks
+    tasks = held_out or suite.tasks
+    models = {config.base_model: study.base, **dict(zip(config.models, study.models, strict=True))}
     measured = measure_models(
-        study.suite,
+        suite,
         tasks,
-        [*(Contestant(name, path) for name, path in named.items()), Contestant(study.name, model)],
+        [*(Contestant(name, path) for name, path in models.items()), Contestant(study.name, model)],
         live=live,
         judge=config.judge,
         storage=storage,
@@ -380,10 +382,10 @@ def evaluate_study(
         environment=environment,
         say=say,
     )
-    suite = config.suite if isinstance(config.suite, str) else study.name
-    which = "held out of the search" if study.holdout_tasks else "that the search saw, too"
-    title = f"{suite}, {len(tasks)} tasks {which}"
-    document = evaluation_json(title, study.suite, measured, config.judge)
+    named = config.suite if study.held_out is None else config.holdout
+    which = "held out of the search" if held_out else "that the search saw, too"
+    title = f"{named if isinstance(named, str) else study.name}, {len(tasks)} tasks {which}"
+    document = evaluation_json(title, suite, measured, config.judge)
     charts = write_evaluation(folder, document, study.name, say)
     if gguf is None:
         return Reproduced(model, None, folder / TABLE, charts, document)

@@ -15,7 +15,7 @@ from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_a
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
 from evomerge.report.certainty import certainty_lines, certainty_markdown
-from evomerge.report.table import Row, outcome_markdown, outcome_rows, score_text
+from evomerge.report.table import HELD_OUT, Row, outcome_markdown, outcome_rows, score_text
 from evomerge.search.log import begun_with
 from evomerge.search.status import BEST_FILE, Source, study_status, trial_recipe
 from evomerge.search.storage import held, open_log, write_whole
@@ -54,6 +54,7 @@ class Results:
     report: Path
     rows: list[Row]
     tasks: tuple[int, int]
+    held_out: str
     seconds: Mapping[str, float]
     certainty: list[str]
 
@@ -105,6 +106,7 @@ def _write_results(storage: Path, name: str, say: Callable[[str], None]) -> Resu
         report=directory / REPORT_FILE,
         rows=outcome_rows(status),
         tasks=(len(begun["search_tasks"]), len(begun["holdout_tasks"])),
+        held_out=_held_out(begun["study"].get("holdout")),
         seconds=status["seconds"],
         certainty=certainty_lines(status["outcome"]),
     )
@@ -129,6 +131,13 @@ def _begun(storage: Path, name: str) -> Mapping[str, Any]:
         raise ConfigError(f"{storage}: there is no study {name}")
     with contextlib.closing(log):
         return begun_with(log)
+
+
+def _held_out(holdout: object) -> str:
+    """What the held-out tasks are called: by their suite, where it is another one."""
+    if isinstance(holdout, str):
+        return f"{HELD_OUT}: {Path(holdout).stem}"
+    return f"{HELD_OUT}: another suite" if isinstance(holdout, Mapping) else HELD_OUT
 
 
 def _known_models(storage: Path, begun: Mapping[str, Any]) -> dict[str, CardModel]:
@@ -169,7 +178,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         f"# Study {status['study']}\n",
         _summary(status, begun),
         "## Scores\n\nMean grade; higher is better.\n",
-        outcome_markdown(results.rows, results.tasks),
+        outcome_markdown(results.rows, results.tasks, results.held_out),
         _caution(results.tasks),
         certainty_markdown(status["outcome"]),
         *_judges(status),

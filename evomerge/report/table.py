@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+HELD_OUT = "held out"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,11 +43,14 @@ def _best_uniform(search: Mapping[str, Any], holdout: Mapping[str, Any]) -> list
     return [Row(name, best["score"], holdout.get("uniform_best", {}).get("score"))]
 
 
-def outcome_table(rows: Sequence[Row], tasks: tuple[int, int]) -> Table:
-    """The rows for a terminal; `tasks` are the numbers of search and of held-out tasks."""
+def outcome_table(rows: Sequence[Row], tasks: tuple[int, int], held_out: str = HELD_OUT) -> Table:
+    """The rows for a terminal; `tasks` are the numbers of search and of held-out tasks.
+
+    `held_out` is what the latter are called.
+    """
     table = Table(title="Mean grade", title_justify="left")
     table.add_column("model")
-    for heading in _headings(tasks):
+    for heading in _headings(tasks, held_out):
         table.add_column(heading, justify="right")
     for row in rows:
         style = "bold" if row is rows[-1] else None
@@ -53,9 +58,9 @@ def outcome_table(rows: Sequence[Row], tasks: tuple[int, int]) -> Table:
     return table
 
 
-def outcome_markdown(rows: Sequence[Row], tasks: tuple[int, int]) -> str:
+def outcome_markdown(rows: Sequence[Row], tasks: tuple[int, int], held_out: str = HELD_OUT) -> str:
     """The same table in Markdown."""
-    headings = _headings(tasks)
+    headings = _headings(tasks, held_out)
     lines = [
         f"| model | {' | '.join(headings)} |",
         f"|---|{'---:|' * len(headings)}",
@@ -64,9 +69,9 @@ def outcome_markdown(rows: Sequence[Row], tasks: tuple[int, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _headings(tasks: tuple[int, int]) -> list[str]:
+def _headings(tasks: tuple[int, int], held_out: str) -> list[str]:
     search, holdout = tasks
-    headings = [f"search ({search} tasks)", f"held out ({holdout} tasks)"]
+    headings = [f"search ({search} tasks)", f"{held_out} ({holdout} tasks)"]
     return headings if holdout else headings[:1]
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from evomerge.database import can_be_read
 from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import Answered
-from evomerge.evaluate.suite import SuiteConfig, load_suite
+from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
+from evomerge.search.held_out import HeldOutSuite
 from evomerge.search.log import EventLog, begun_with
 from evomerge.search.selection import paired_interval
 from evomerge.search.status import Best, best_so_far, existing_log
@@ -56,6 +57,7 @@ class Pair:
 def compare_studies(storage: Path, first: str, second: str) -> dict[str, Any]:
     """The JSON of `evomerge compare FIRST SECOND --json`; differences are second − first.
 
+    "all" is None where the held-out tasks are of a second suite: the two have no common scale.
     Raises ConfigError where one is not there or has no scored candidate, where their grades come
     from different scorers, or where they share no task; the message lists what differs.
     """
@@ -77,7 +79,7 @@ def compare_studies(storage: Path, first: str, second: str) -> dict[str, Any]:
     return {
         "studies": [_side_json(side) for side in sides],
         "differs": differs,
-        "all": _summary(pairs),
+        "all": _summary(pairs) if _is_one_suite(pairs, sides[0]) else None,
         "holdout": _summary([pair for pair in pairs if pair.task in held_out]),
         "searched": _summary([pair for pair in pairs if pair.task not in held_out]),
         "categories": _by_category(pairs, categories),
@@ -190,6 +192,11 @@ def _summary(pairs: Sequence[Pair]) -> dict[str, Any] | None:
     }
 
 
+def _is_one_suite(pairs: Sequence[Pair], side: Side) -> bool:
+    """Whether the grades are of one scale: a second suite's are not those of the first one."""
+    return len({side.answers[pair.task][0].suite_digest for pair in pairs}) == 1
+
+
 def _by_category(
     pairs: Sequence[Pair], categories: Mapping[str, str]
 ) -> dict[str, dict[str, Any] | None]:
@@ -210,17 +217,35 @@ def _categories(sides: Sequence[Side]) -> tuple[dict[str, str], list[str]]:
     """
     reasons = []
     for side in sides:
-        asked = side.begun["study"]["suite"]
         try:
-            config = asked if isinstance(asked, str) else SuiteConfig.model_validate(asked)
-            suite = load_suite(config, Path(side.begun["folder"]))
+            categories, digests = _categories_of(side.begun)
         except (ConfigError, ValueError) as error:
             reasons.append(str(error).splitlines()[0])
             continue
-        if all(suite.digest == one[0].suite_digest for one in side.answers.values()):
-            return {task.id: task.category for task in suite.tasks}, []
+        if {one[0].suite_digest for one in side.answers.values()} <= digests:
+            return categories, []
         reasons.append(f"the suite of {side.name} is not what it was")
     return {}, [f"no categories: {'; '.join(reasons)}"]
+
+
+def _categories_of(begun: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """Task -> category, and the digests, of the suites that a study's file names.
+
+    A second suite's categories are apart from the first one's. Raises ConfigError, or ValueError.
+    """
+    suite = _suite_of(begun, "suite")
+    categories = {task.id: task.category for task in suite.tasks}
+    if isinstance(begun["study"].get("holdout", 0.0), float | int):
+        return categories, {suite.digest}
+    held_out = HeldOutSuite(_suite_of(begun, "holdout"))
+    categories |= {task.id: f"{task.category} (held out)" for task in held_out.tasks}
+    return categories, {suite.digest, held_out.suite.digest}
+
+
+def _suite_of(begun: Mapping[str, Any], key: str) -> Suite:
+    asked = begun["study"][key]
+    config = asked if isinstance(asked, str) else SuiteConfig.model_validate(asked)
+    return load_suite(config, Path(begun["folder"]))
 
 
 def _differences(first: Side, second: Side) -> list[str]:

@@ -15,12 +15,13 @@ from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
-from evomerge.evaluate.evaluation import evaluation_of
+from evomerge.evaluate.evaluation import evaluation_of, when_all_done
 from evomerge.evaluate.graders import open_graders, shares_gpu
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
+from evomerge.search.held_out import HeldOutSuite, renamed
 from evomerge.search.resolve import ResolvedStudy, engine_name
 from evomerge.search.storage import SCRATCH, database_url
 
@@ -45,7 +46,8 @@ class TimeSplit:
 class EngineEvaluator:
     """Evaluates recipes on the tasks of a suite, one candidate at a time, in one engine.
 
-    `graders` are those of the suite's scorers that work elsewhere, by name. `say` is told once
+    `graders` are those of the suite's scorers that work elsewhere, by name; tasks may be those of a
+    second suite, `held_out`, too, but not of both at once. `say` is told once
     where a candidate cannot be loaded live; `by_disk_is_news` False: not even then, because it was
     asked for.
     """
@@ -53,6 +55,8 @@ class EngineEvaluator:
     engine: Engine
     suite: Suite
     graders: Mapping[str, Grader] = field(default_factory=dict)
+    held_out: HeldOutSuite | None = None
+    held_out_graders: Mapping[str, Grader] = field(default_factory=dict)
     split: TimeSplit = field(default_factory=TimeSplit)
     say: Callable[[str], None] = _to_stderr
     by_disk_is_news: bool = True
@@ -72,8 +76,13 @@ class EngineEvaluator:
             self.by_disk_is_news = False
             why = self.engine.supports(recipe) or "the engine does not say why"
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
-        evaluation = evaluation_of(self.engine, self.suite, self.graders)
-        results = evaluation.begin(task_ids, attempt)
+        if self.held_out is not None and self.held_out.has(task_ids):
+            evaluation = evaluation_of(self.engine, self.held_out.suite, self.held_out_graders)
+            own = evaluation.begin(self.held_out.own_ids(task_ids), attempt)
+            results = when_all_done([own], lambda: renamed(own.result()))
+        else:
+            evaluation = evaluation_of(self.engine, self.suite, self.graders)
+            results = evaluation.begin(task_ids, attempt)
         end = time.perf_counter()
         self.split.switching += loaded - start
         self.split.generation += evaluation.generation_seconds
@@ -89,7 +98,7 @@ class Evaluators:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._graders: Mapping[str, Grader] | None = None
+        self._graders: Sequence[Mapping[str, Grader]] | None = None
         self._has_shown_a_prompt = False
 
     def __enter__(self) -> Self:
@@ -107,15 +116,18 @@ class Evaluators:
             except ConfigError as error:
                 raise ConfigError(f"{study.config.where}: {error}") from error
         with _open_engine(study, split) as engine:
-            prompt = self_test(engine, study.suite)
+            prompts = [self_test(engine, suite) for suite in study.suites]
             if not self._has_shown_a_prompt:
-                _to_stderr(f"the model reads the first task as\n{shown_prompt(prompt)}")
+                _to_stderr(f"the model reads the first task as\n{shown_prompt(prompts[0])}")
                 self._has_shown_a_prompt = True
-            check_prompt_lengths(engine, study.suite, study.suite.tasks)
+            for suite in study.suites:
+                check_prompt_lengths(engine, suite, suite.tasks)
             yield EngineEvaluator(
                 engine,
                 study.suite,
-                self._graders,
+                self._graders[0],
+                study.held_out,
+                self._graders[-1],
                 split=split,
                 by_disk_is_news=study.config.engine.load == "live",
             )
@@ -130,11 +142,11 @@ def open_evaluator(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEva
 
 def study_graders(
     study: ResolvedStudy, say: Callable[[str], None] = _to_stderr
-) -> AbstractContextManager[Mapping[str, Grader]]:
-    """Who grades the study's answers elsewhere, by scorer; the study pays for it."""
+) -> AbstractContextManager[Sequence[Mapping[str, Grader]]]:
+    """Who grades the answers of each of the study's suites elsewhere, by scorer; it pays for it."""
     config = study.config
     return open_graders(
-        study.suite,
+        study.suites,
         config.judge,
         open_database=lambda: open_database(
             study.storage, database_url(config.storage.database_env, os.environ)
@@ -161,7 +173,7 @@ def _open_engine(study: ResolvedStudy, split: TimeSplit) -> Iterator[Engine]:
 def engine_config(study: ResolvedStudy) -> EngineConfig:
     """What the engine of a study is started with."""
     settings = study.config.engine
-    turns = shares_gpu(study.suite, study.config.judge)
+    turns = any(shares_gpu(suite, study.config.judge) for suite in study.suites)
     return EngineConfig(
         model=str(study.base),
         sources=tuple(dict.fromkeys(str(folder) for folder in (study.base, *study.models))),

@@ -274,6 +274,8 @@ def _versions() -> dict[str, str]:
 
 def _unseen_categories(study: ResolvedStudy) -> list[str]:
     """A line for each category that the search does not see, because all of it is held out."""
+    if study.held_out is not None:
+        return []
     seen = {task.category for task in study.search_tasks}
     return [
         f"holdout: all tasks of the category {category} are held out; the search does not see it"

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
 from evomerge.search import defaults
+from evomerge.search.held_out import HeldOutSuite
+from evomerge.search.history import Part
 from evomerge.search.names import COURSE, SamplerName, resolved_sampler
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace, SpaceConfig
@@ -41,6 +44,7 @@ class ResolvedStudy:
 
     `base` and `models` are absolute folders; `fingerprint` says of everything that counts what it
     is, under names that a user knows: two studies with the same one make the same search.
+    `held_out` is the suite of the held-out tasks, where it is another one than `suite`.
     `course` is the version of the search's course that the study began with (`names.COURSE`).
     """
 
@@ -52,6 +56,7 @@ class ResolvedStudy:
     suite: Suite
     search_tasks: tuple[Task, ...]
     holdout_tasks: tuple[Task, ...]
+    held_out: HeldOutSuite | None
     fingerprint: Mapping[str, str]
     course: int
 
@@ -85,6 +90,15 @@ class ResolvedStudy:
         return min(tasks, max(2, number))
 
     @property
+    def suites(self) -> tuple[Suite, ...]:
+        """The suite that is searched on, and that of the held-out tasks if it is another one."""
+        return (self.suite,) if self.held_out is None else (self.suite, self.held_out.suite)
+
+    def suite_of(self, part: Part) -> Suite:
+        """The suite whose tasks are answered in this part of a search."""
+        return self.suites[-1] if part == "holdout" else self.suite
+
+    @property
     def directory(self) -> Path:
         """The study's own folder in the storage."""
         return study_directory(self.storage, self.name)
@@ -100,9 +114,12 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
     suite = _in_file(
         config, lambda: load_suite(config.suite, config.folder, trust_code=config.trust_code)
     )
-    _in_file(config, lambda: check_graders(suite, config.judge))
-    _check_turns(config, suite)
-    search, holdout = _split(config, suite)
+    held_out = _held_out_suite(config)
+    suites = [suite] if held_out is None else [suite, held_out.suite]
+    for one in suites:
+        _in_file(config, partial(check_graders, one, config.judge))
+    _check_turns(config, suites)
+    search, holdout = _split(config, suite, held_out)
     base, *models = _model_folders(config, storage)
     checkpoints = {str(folder): Checkpoint.open(folder) for folder in (base, *models)}
     space = _in_file(
@@ -128,10 +145,11 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
         suite=suite,
         search_tasks=tuple(search),
         holdout_tasks=tuple(holdout),
+        held_out=held_out,
         fingerprint=_fingerprint(
             config,
             space,
-            suite,
+            suites,
             # By folder: in a linear merge the base may be one of the models, too.
             [checkpoints[str(folder)].fingerprint() for folder in (base, *models)],
             course,
@@ -149,21 +167,42 @@ def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     ]
 
 
-def _check_turns(config: StudyConfig, suite: Suite) -> None:
+def _check_turns(config: StudyConfig, suites: Sequence[Suite]) -> None:
     """Raises ConfigError where the judge is to have the GPU of an engine that cannot rest."""
     engine = config.engine
     rests = engine_name(engine.name) == "vllm" and engine.url is None and engine.repeatable
-    if shares_gpu(suite, config.judge) and not rests:
+    if any(shares_gpu(suite, config.judge) for suite in suites) and not rests:
         raise ConfigError(
             f"{config.where}: judge.sleep: takes turns with vLLM in this process alone: "
             "engine: {name: vllm, repeatable: true} without url; leave sleep out, or change that"
         )
 
 
-def _split(config: StudyConfig, suite: Suite) -> tuple[Sequence[Task], Sequence[Task]]:
-    if not config.holdout:
+def _held_out_suite(config: StudyConfig) -> HeldOutSuite | None:
+    """The second suite that `holdout` names, read; None where it is a share of the first one."""
+    wanted = config.holdout
+    if isinstance(wanted, float):
+        return None
+
+    def load() -> HeldOutSuite:
+        try:
+            return HeldOutSuite(load_suite(wanted, config.folder, trust_code=config.trust_code))
+        except ConfigError as error:
+            raise ConfigError(f"holdout: {error}") from error
+
+    return _in_file(config, load)
+
+
+def _split(
+    config: StudyConfig, suite: Suite, held_out: HeldOutSuite | None
+) -> tuple[Sequence[Task], Sequence[Task]]:
+    share = config.holdout
+    if held_out is not None:
+        _in_file(config, lambda: held_out.check_apart_from(suite))
+        return suite.tasks, held_out.tasks
+    if not isinstance(share, float) or not share:
         return suite.tasks, ()
-    return _in_file(config, lambda: split_holdout(suite.tasks, config.holdout))
+    return _in_file(config, lambda: split_holdout(suite.tasks, share))
 
 
 def _model_folders(config: StudyConfig, storage: Path) -> list[Path]:
@@ -220,7 +259,7 @@ def _in_file(config: StudyConfig, make: Callable[[], Result]) -> Result:
 def _fingerprint(
     config: StudyConfig,
     space: SearchSpace,
-    suite: Suite,
+    suites: Sequence[Suite],
     sources: Sequence[str],
     course: int,
 ) -> dict[str, str]:
@@ -232,6 +271,8 @@ def _fingerprint(
                 mapping.pop(later, None)
     for other in ("study", "budget", "storage", "suite", "judge"):
         mapping.pop(other, None)
+    if len(suites) > 1:
+        del mapping["holdout"]
     for option in _HARMLESS_OPTIONS:
         mapping["engine"].pop(option, None)
     mapping["engine"]["name"] = engine_name(config.engine.name)
@@ -241,8 +282,10 @@ def _fingerprint(
     mapping["sampler"]["sigma0"] = _sigma0(config, course)
     mapping["sampler"]["population"] = config.sampler.population_for(space.dimension)
     parts = dict(_flattened(mapping))
-    parts["suite (tasks, prompt, scorer, settings)"] = suite.digest[:16]
-    if config.judge is not None and needs_judge(suite):
+    parts["suite (tasks, prompt, scorer, settings)"] = suites[0].digest[:16]
+    for held_out in suites[1:]:
+        parts["holdout (tasks, prompt, scorer, settings)"] = held_out.digest[:16]
+    if config.judge is not None and any(map(needs_judge, suites)):
         parts |= config.judge.fingerprint(config.folder)
     names = ["base_model", *(f"models.{index}" for index in range(len(config.models)))]
     for name, source in zip(names, sources, strict=True):

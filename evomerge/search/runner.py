@@ -160,7 +160,7 @@ class Runner:
         if score is None:
             raise CandidateError(f"none of its {len(results)} answers could be graded")
         digest = recipe_digest(recipe)
-        suite = self._study.suite
+        suite = self._study.suite_of(unit.part)
         measurement = Measurement(
             score=score,
             tasks=len(results),
@@ -292,7 +292,7 @@ class Runner:
             tasks=ended.get("tasks", 0),
             unscored=ended.get("unscored", 0),
             cut=ended.get("cut", 0),
-            max_tokens=self._study.suite.config.max_tokens,
+            max_tokens=self._study.suite_of(unit.part).config.max_tokens,
             seconds=ended["seconds"] if "score" in ended else {},
             best_score=best.score if best else None,
             best_number=best.number if best else None,

@@ -226,14 +226,14 @@ def measure_models(
         )
     database = open_database(storage)
     with open_graders(
-        suite,
+        [suite],
         judge,
         open_database=lambda: database,
         payer=None,
         folder=folder,
         environment=environment,
         say=say,
-    ) as graders:
+    ) as (graders,):
         judged_by = {} if judge is None else judge.fingerprint(folder)
         together = SideBySide(suite, live, database, graders, judged_by, fresh=fresh, say=say)
         return together.measure(contestants, tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from pydantic import (
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, Panel, Prices
 from evomerge.evaluate.suite import SuiteConfig
+from evomerge.evaluate.suite_config import RubricConfig
 from evomerge.resources import locate
 from evomerge.search import defaults
 from evomerge.search.names import SamplerName
@@ -162,6 +164,10 @@ def _suite_form(suite: object) -> str:
     return "inline" if isinstance(suite, Mapping | SuiteConfig) else "reference"
 
 
+def _holdout_form(holdout: object) -> str:
+    return _suite_form(holdout) if isinstance(holdout, str | Mapping | SuiteConfig) else "share"
+
+
 # What a mergekit-evolve file says of its tasks; without a suite of ours they are the suite.
 _HARNESS_KEYS = ("tasks", "limit", "num_fewshot", "apply_chat_template", "fewshot_as_multiturn")
 # What a mergekit-evolve file says beside its genome: here a suite says it, and `sampler:`.
@@ -180,7 +186,8 @@ class StudyConfig(_Strict):
     the scales of the uniform merges that the search starts from the best of; True: the usual ones,
     False: none. `warm_start`: where it may start from as well, the better merge on the same tasks:
     recipes' files (.yaml), or other studies' names for their winners. `smoothing` and
-    `futility_stop` can be switched off.
+    `futility_stop` can be switched off. `holdout`: the share of the suite's tasks that has no say
+    in the search, or a second suite, none of whose tasks has.
     """
 
     study: str
@@ -203,7 +210,12 @@ class StudyConfig(_Strict):
     futility_stop: bool = True
     selection: SelectionConfig = SelectionConfig()
     engine: EngineSettings = Field(default_factory=EngineSettings)
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    holdout: Annotated[
+        Annotated[float, Field(ge=0, lt=1), Tag("share")]
+        | Annotated[str, Field(min_length=1), Tag("reference")]
+        | Annotated[SuiteConfig, Tag("inline")],
+        Discriminator(_holdout_form),
+    ] = 0.0
     storage: StorageConfig = StorageConfig()
 
     _folder: Path = PrivateAttr(default_factory=Path)
@@ -253,6 +265,9 @@ class StudyConfig(_Strict):
     @field_validator("holdout", mode="before")
     @classmethod
     def _may_be_absent(cls, holdout: object) -> object:
+        if isinstance(holdout, str):
+            with suppress(ValueError):
+                return float(holdout)  # a share in quotes is no name of a suite
         return 0.0 if holdout is None else holdout
 
     @field_validator("tasks_per_candidate")
@@ -483,6 +498,8 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "budget": tuple(BudgetConfig.model_fields),
     "selection": tuple(SelectionConfig.model_fields),
     "suite": tuple(SuiteConfig.model_fields),
+    "holdout": tuple(SuiteConfig.model_fields),
+    "rubric": tuple(RubricConfig.model_fields),
     "judge": tuple(JudgeConfig.model_fields),
     "others": tuple(JudgeServer.model_fields),
     "finalists": tuple(Panel.model_fields),
@@ -490,7 +507,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "storage": tuple(StorageConfig.model_fields),
 }
 # Names in our models that are no keys of the file.
-_UNWRITTEN = ("inline", "reference", "numbers")
+_UNWRITTEN = ("inline", "reference", "share", "numbers")
 
 
 def _known_keys(location: Sequence[str]) -> Sequence[str]:

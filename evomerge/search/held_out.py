@@ -1,0 +1,65 @@
+"""A second suite, all of whose tasks are held out: in a search's books under names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.suite import Suite
+from evomerge.evaluate.task import Task, TaskResult
+
+# Suites number their tasks alike.
+_PREFIX = "holdout/"
+
+
+@dataclass(frozen=True)
+class HeldOutSuite:
+    """`suite`, whose task T a search calls holdout/T."""
+
+    suite: Suite
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks as the search calls them."""
+        return tuple(replace(task, id=name_of(task.id)) for task in self.suite.tasks)
+
+    def check_apart_from(self, searched: Suite) -> None:
+        """Raises ConfigError where one of the tasks is among those that are searched on."""
+        named_alike = [task.id for task in searched.tasks if task.id.startswith(_PREFIX)]
+        if named_alike:
+            raise ConfigError(
+                f"suite: the id {named_alike[0]!r} begins as those of a second suite's tasks do "
+                f"({_PREFIX!r}); give that task another one"
+            )
+        seen = {_content(task) for task in searched.tasks}
+        both = [task.id for task in self.suite.tasks if _content(task) in seen]
+        if both:
+            raise ConfigError(
+                f"holdout: {self.suite.where}: {len(both)} of its {len(self.suite.tasks)} tasks "
+                f"({both[0]!r} for one) are among those that are searched on, so they are not held "
+                "out; name a suite of other tasks, or a share of this one, as holdout: 0.3"
+            )
+
+    def has(self, task_ids: Sequence[str]) -> bool:
+        """Whether these tasks, all or none, are this suite's."""
+        return all(name.startswith(_PREFIX) for name in task_ids)
+
+    def own_ids(self, task_ids: Sequence[str]) -> list[str]:
+        """What the suite itself calls the tasks of these names."""
+        return [name.removeprefix(_PREFIX) for name in task_ids]
+
+
+def name_of(task_id: str) -> str:
+    """What a search calls the task of this id of a second suite."""
+    return _PREFIX + task_id
+
+
+def renamed(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Results of a second suite's tasks, under the names that the search calls them by."""
+    return [replace(result, task_id=name_of(result.task_id)) for result in results]
+
+
+def _content(task: Task) -> tuple[object, ...]:
+    """What makes it the same task, whatever it is called and however it is put."""
+    return task.input, task.turns, task.reference, task.choices
