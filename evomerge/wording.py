@@ -46,11 +46,12 @@ def complaint(
     `keys_at` are the keys that a place in the file may have; `cutoff` as in `nearest`.
     """
     location = mistake["loc"]
-    if (location and location[-1] == _KEY) or mistake["type"] == "invalid_key":
+    is_key = location[-1:] == (_KEY,)
+    if mistake["type"] == "extra_forbidden" or (is_key and mistake["type"] == "literal_error"):
+        *above, key = location[:-1] if is_key else location
+        return f"{_placed(location)}unknown key{nearest(str(key), keys_at(above), cutoff=cutoff)}"
+    if is_key or mistake["type"] == "invalid_key":
         return f"{_placed(location)}the key {shown(mistake['input'])} should be a text"
-    if mistake["type"] == "extra_forbidden":
-        hint = nearest(str(location[-1]), keys_at(location[:-1]), cutoff=cutoff)
-        return f"{_placed(location)}unknown key{hint}"
     if mistake["type"] == "missing":
         return f"{_placed(location)}is missing"
     if mistake["type"] == "value_error":

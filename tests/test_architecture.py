@@ -27,7 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "moe_config": {"errors", "recipe", "settings", "strict_yaml", "wording"},
     "merge": {"errors", "merge_rules", "recipe", "settings", "moe_config"},
     "engine": {"errors", "recipe", "merge"},
-    "evaluate": {"errors", "strict_yaml", "resources", "database", "schema", "engine.base"},
+    "evaluate": {
+        *("errors", "strict_yaml", "wording", "resources", "database", "schema", "engine.base"),
+    },
     "search": {
         *("errors", "strict_yaml", "resources", "database", "schema", "recipe", "space"),
         *("merge", "engine", "evaluate"),

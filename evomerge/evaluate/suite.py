@@ -123,6 +123,15 @@ class Suite:
             seed=_seed(self.digest, attempt) if temperature else None,
         )
 
+    def answer_limits(self, task_ids: Sequence[str]) -> tuple[int, ...]:
+        """The most tokens that answers to these tasks may have, each number once, rising.
+
+        None where nothing is written, or lm-evaluation-harness says how much.
+        """
+        if not self.generates:
+            return ()
+        return tuple(sorted({self.generation(one).max_tokens for one in self.select(task_ids)}))
+
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of everything that can change a grade; the place of the file is not."""
@@ -234,10 +243,12 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
             for task_id, count in list(too_long.items())[:_NAMED_AT_MOST]
         )
         more = f" and {len(too_long) - _NAMED_AT_MOST} more" * (len(too_long) > _NAMED_AT_MOST)
+        limits = suite.answer_limits(list(too_long))
+        answers = f", with answers of max_tokens {' or '.join(map(str, limits))}" * bool(limits)
         raise ConfigError(
             f"{suite.where}: {len(too_long)} of {len(tasks)} tasks do not fit the context of "
-            f"{allowed} tokens, with answers of max_tokens {suite.config.max_tokens}: "
-            f"{named}{more}; shorten them, lower max_tokens or raise engine.max_model_len"
+            f"{allowed} tokens{answers}: {named}{more}; shorten them, lower max_tokens or raise "
+            "engine.max_model_len"
         )
 
 

@@ -11,21 +11,25 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
-from evomerge.errors import ConfigError, nearest
-from evomerge.evaluate.gates import Gate
+from evomerge.errors import ConfigError, nearest, shown
+from evomerge.evaluate.gates import GATES, Gate
 from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS
 from evomerge.evaluate.own_scorers import entry_point_names, is_code
 from evomerge.evaluate.scorers import SCORERS
 from evomerge.evaluate.tables import read_text
 from evomerge.resources import data_root, is_bare_name, locate
 from evomerge.strict_yaml import read_yaml
+from evomerge.wording import Location, complaint, only_follows
 
 # The scorer that a language model behind a network stands for.
 JUDGE = "judge"
@@ -54,6 +58,14 @@ _TEXTS = ("prompt", "chat_template")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# The two forms that some values have; pydantic names the one that it took in a mistake's place.
+_TEXT, _MAPPING = _FORMS = ("<text>", "<mapping>")
+
+
+def _form(value: object) -> str:
+    return _TEXT if isinstance(value, str) else _MAPPING
 
 
 def _as_tuple(value: object) -> object:
@@ -121,7 +133,7 @@ class GenerationConfig(_Strict):
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    stop: tuple[str, ...] | None = None
+    stop: Names | None = None
 
 
 def _as_table(value: object) -> object:
@@ -219,16 +231,26 @@ class SuiteConfig(_Strict):
     greedy answers are sampled with `selection_temperature`.
     """
 
-    scorer: str | Mapping[str, Annotated[float, Field(gt=0)]] = "exact"
+    scorer: Annotated[
+        Annotated[str, Tag(_TEXT)]
+        | Annotated[Mapping[str, Annotated[float, Field(gt=0)]], Tag(_MAPPING)],
+        Discriminator(_form),
+    ] = "exact"
     rubric: RubricConfig | None = None
-    data: Annotated[str, Field(min_length=1)] | DataSource | None = None
+    data: (
+        Annotated[
+            Annotated[str, Field(min_length=1), Tag(_TEXT)] | Annotated[DataSource, Tag(_MAPPING)],
+            Discriminator(_form),
+        ]
+        | None
+    ) = None
     harness: HarnessConfig | None = None
     join: JoinConfig | None = None
     only: Mapping[str, str | int | tuple[str | int, ...]] = {}
     id: str | None = None
     input: str = "input"
     reference: str | None = "output"
-    reference_for: tuple[str, ...] | None = None
+    reference_for: Names | None = None
     category: str | None = None
     fields: Mapping[str, str] = {}
     turns: Names = ()
@@ -245,7 +267,7 @@ class SuiteConfig(_Strict):
     temperature: float = Field(default=0.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0)
-    stop: tuple[str, ...] = ()
+    stop: Names = ()
     by_category: Mapping[str, GenerationConfig] = {}
     router: Annotated[RouterConfig, BeforeValidator(_as_table)] | None = None
     selection_temperature: float = Field(default=0.7, gt=0.0)
@@ -327,11 +349,23 @@ def read_suite_config(path: Path, *, trust_code: bool = False) -> SuiteConfig:
     `trust_code` allows scorers that are code of somebody's own.
     """
     content = _content(path)
-    context = {"folder": path.parent, "trust_code": trust_code}
+    return suite_from_mapping(content, path.parent, str(path), trust_code=trust_code)
+
+
+def suite_from_mapping(
+    content: Mapping[str, Any], folder: Path, where: str, *, trust_code: bool = False
+) -> SuiteConfig:
+    """The configuration in plain values, whose files are beside `folder`; see `read_suite_config`.
+
+    Messages begin with `where`.
+    """
     try:
-        return SuiteConfig.model_validate(content, context=context)
+        return SuiteConfig.model_validate(
+            content, context={"folder": folder, "trust_code": trust_code}
+        )
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _complaints(error))) from error
+        lines = suite_complaints(error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
 
 
 def chat_template_names() -> list[str]:
@@ -470,28 +504,47 @@ def _shipped_template(name: str) -> str:
     return read_text(_templates() / f"{name}.jinja").removesuffix("\n")
 
 
-def _complaints(error: ValidationError) -> list[str]:
-    return [_complaint(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+def suite_complaints(mistakes: Sequence[ErrorDetails]) -> list[str]:
+    """What pydantic found wrong with a suite's mapping, in the words of the file, a line each."""
+    placed: list[ErrorDetails] = [
+        {**one, "loc": tuple(part for part in one["loc"] if part not in _FORMS)} for one in mistakes
+    ]
+    return [_complaint(one) for one in placed if not only_follows(one, placed)]
 
 
-def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    place = f"{'.'.join(map(str, location))}: " if location else ""
-    if kind == "extra_forbidden":
-        return f"{place}unknown key{nearest(str(location[-1]), _keys_at(location))}"
-    return place + message.removeprefix("Value error, ")
+# What keys should be whose values have several forms, or a form that is easily missed.
+_RIGHT = {
+    "data": "should be a table's file, or {hub: owner/name, file: NAME}",
+    "scorer": "should be a scorer's name, or several with their weights: {judge: 0.9, chrf: 0.1}",
+    "router": "should be a table's file, or a mapping: {table: FILE, threshold: 0.2}",
+    "join": "should be a mapping: {file: FILE, key: COLUMN}",
+    "only": "should be a mapping of columns to values: {split: test}",
+    "gates": "should be a mapping of gates to highest grades: {language: 2}",
+    "fields": "should be a mapping of names to columns: {eval_aspect: aspect}",
+    "by_category": "should be a mapping of categories to settings: {math: {temperature: 0.1}}",
+}
 
 
-def _keys_at(location: tuple[int | str, ...]) -> Sequence[str]:
-    """The keys that may stand where the last one of `location` does."""
-    models: dict[str, type[BaseModel]] = {
+def _complaint(mistake: ErrorDetails) -> str:
+    key = str(mistake["loc"][0]) if len(mistake["loc"]) == 1 else ""
+    if key in _RIGHT and mistake["type"] in ("string_type", "dict_type", "model_type"):
+        return f"{key}: {_RIGHT[key]} (given: {shown(mistake['input'])})"
+    return complaint(mistake, _keys_at)
+
+
+def _keys_at(location: Location) -> Sequence[str]:
+    """The keys that may stand below `location`, such as ("by_category", "math")."""
+    models: Mapping[str, type[BaseModel]] = {
         "data": DataSource,
         "join": JoinConfig,
         "rubric": RubricConfig,
-        "harness": HarnessConfig,
+        "harness": HarnessTask if "tasks" in location else HarnessConfig,
         "by_category": GenerationConfig,
         "router": RouterConfig,
     }
-    outer = str(location[0]) if len(location) > 1 else ""
+    outer = str(location[0]) if location else ""
+    if outer == "gates":
+        return GATES
     return list(models[outer].model_fields) if outer in models else _keys()
 
 

@@ -19,12 +19,14 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
 from evomerge.engine.live_models import LiveSettings
 from evomerge.errors import ConfigError, OutputExistsError, nearest
 from evomerge.evaluate.graders import needs_judge
 from evomerge.evaluate.judge_config import JudgeConfig, key_of
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
+from evomerge.evaluate.suite_config import suite_complaints
 from evomerge.evaluate.task import Task
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.gguf import TYPES, check_gguf_output, write_gguf
@@ -170,8 +172,8 @@ def read_mixture_file(path: Path, *, trust_code: bool = False) -> MixtureFile:
             section, context={"folder": path.parent, "trust_code": trust_code}
         )
     except ValidationError as error:
-        lines = (f"{path}: {_complaint(mistake)}" for mistake in error.errors(include_url=False))
-        raise ConfigError("\n".join(lines)) from error
+        lines = _complaints(error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{path}: {REPRODUCE}.{line}" for line in lines)) from error
     suite = section["suite"]
     named = suite if isinstance(suite, str) else str(suite.get("like", path.stem))
     return MixtureFile(path, mixture, mixture_text(text), config, named, trust_code)
@@ -456,13 +458,23 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _complaint(mistake: Mapping[str, Any]) -> str:
-    location = [str(part) for part in mistake["loc"] if part not in {"inline", "reference"}]
-    place = ".".join([REPRODUCE, *location])
+_SUITE = ("suite", "inline")
+
+
+def _complaints(mistakes: Sequence[ErrorDetails]) -> list[str]:
+    """What pydantic found wrong, a line each."""
+    of_suite = [one for one in mistakes if one["loc"][:2] == _SUITE and len(one["loc"]) > 2]
+    lines = [_complaint(one) for one in mistakes if one not in of_suite]
+    below: list[ErrorDetails] = [{**one, "loc": one["loc"][2:]} for one in of_suite]
+    return [*lines, *(f"suite.{line}" for line in suite_complaints(below))]
+
+
+def _complaint(mistake: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in mistake["loc"] if part not in {"inline", "reference"})
     if mistake["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {"suite": SuiteConfig, "judge": JudgeConfig}
-        level = models.get(location[0], ReproduceConfig) if len(location) > 1 else ReproduceConfig
-        return f"{place}: unknown key{nearest(location[-1], level.model_fields)}"
+        of_judge = mistake["loc"][0] == "judge" and len(mistake["loc"]) > 1
+        level: type[BaseModel] = JudgeConfig if of_judge else ReproduceConfig
+        return f"{place}: unknown key{nearest(str(mistake['loc'][-1]), level.model_fields)}"
     if mistake["type"] == "missing":
         return f"{place}: is missing"
-    return f"{place}: {str(mistake['msg']).removeprefix('Value error, ')}"
+    return f"{place}: {mistake['msg'].removeprefix('Value error, ')}"

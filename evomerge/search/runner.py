@@ -279,8 +279,10 @@ class Runner:
         """What happened with a trial in all its units, with others in this one."""
         history, ended, best = self._history, event.payload, self._best
         measurement = history.scores.get((unit.label, "search"))
+        tasks: Sequence[str] = unit.tasks
         if unit.number is not None and measurement is not None and "score" in ended:
             ended = vars(measurement)
+            tasks = list(history.grades[unit.label, unit.attempt])
         return Measured(
             candidate=unit.label,
             title=self._title(unit.label),
@@ -292,7 +294,7 @@ class Runner:
             tasks=ended.get("tasks", 0),
             unscored=ended.get("unscored", 0),
             cut=ended.get("cut", 0),
-            max_tokens=self._study.suite_of(unit.part).config.max_tokens,
+            limits=self._study.suite_of(unit.part).answer_limits(tasks),
             seconds=ended["seconds"] if "score" in ended else {},
             best_score=best.score if best else None,
             best_number=best.number if best else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,7 +51,8 @@ class Measured:
 
     `candidate` is its name in the log, `title` that for readers (a model as the study writes it);
     `number` and `generation` are those of a trial, else None; `done` of `total` trials have ended;
-    `best_score` and `best_number` are of the best trial so far.
+    `best_score` and `best_number` are of the best trial so far. `limits` are the most tokens that
+    its answers could have, each number once, rising; empty where that is not known.
     """
 
     candidate: str
@@ -64,7 +65,7 @@ class Measured:
     tasks: int
     unscored: int
     cut: int
-    max_tokens: int
+    limits: tuple[int, ...]
     seconds: Mapping[str, float]
     best_score: float | None
     best_number: int | None
@@ -87,10 +88,17 @@ class Measured:
             return []
         answers = f"{self.tasks} answers {self.seconds['generate']:.2f} s"
         if self.cut:
-            answers += f", {self.cut} cut at {self.max_tokens} tokens"
+            answers += f", {self.cut} cut at {_limits(self.limits)}"
         if self.unscored:
             answers += f", {self.unscored} unscored"
         return [f"merge {1000 * self.seconds['switch']:.0f} ms", answers]
+
+
+def _limits(limits: Sequence[int]) -> str:
+    """`1024 tokens`; categories and routed tasks may have limits of their own."""
+    if not limits:
+        return "their most tokens"
+    return " to ".join(dict.fromkeys(map(str, (limits[0], limits[-1])))) + " tokens"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -23,11 +24,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, Panel, Prices
 from evomerge.evaluate.suite import SuiteConfig
-from evomerge.evaluate.suite_config import RubricConfig
+from evomerge.evaluate.suite_config import suite_complaints, suite_from_mapping
 from evomerge.resources import locate
 from evomerge.search import defaults
 from evomerge.search.names import SamplerName
@@ -345,7 +347,7 @@ def study_from_mapping(
     try:
         config = StudyConfig.model_validate(content, context=context)
     except ValidationError as error:
-        lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
+        lines = _complaints(error.errors(include_url=False))
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
     config._folder, config._where, config._trust_code = folder, where, trust_code
     return config
@@ -430,8 +432,11 @@ def with_options(
     if data is not None:
         table = {"data": str(data.absolute())}
         changes["suite"] = (
-            SuiteConfig.model_validate(
-                {"like": config.suite} | table, context={"folder": config.folder}
+            suite_from_mapping(
+                {"like": config.suite} | table,
+                config.folder,
+                f"{config.where}: suite",
+                trust_code=config.trust_code,
             )
             if isinstance(config.suite, str)
             else config.suite.model_copy(update=table)
@@ -497,9 +502,6 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "sampler": tuple(SamplerConfig.model_fields),
     "budget": tuple(BudgetConfig.model_fields),
     "selection": tuple(SelectionConfig.model_fields),
-    "suite": tuple(SuiteConfig.model_fields),
-    "holdout": tuple(SuiteConfig.model_fields),
-    "rubric": tuple(RubricConfig.model_fields),
     "judge": tuple(JudgeConfig.model_fields),
     "others": tuple(JudgeServer.model_fields),
     "finalists": tuple(Panel.model_fields),
@@ -507,6 +509,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "storage": tuple(StorageConfig.model_fields),
 }
 # Names in our models that are no keys of the file.
+_SUITES = (("suite", "inline"), ("holdout", "inline"))
 _UNWRITTEN = ("inline", "reference", "share", "numbers")
 
 
@@ -520,6 +523,24 @@ def _known_keys(location: Sequence[str]) -> Sequence[str]:
     return _SECTIONS.get(outer[-1], tuple(StudyConfig.model_fields))
 
 
+def _complaints(mistakes: Sequence[ErrorDetails]) -> list[str]:
+    """What pydantic found wrong with a study, a line each."""
+    lines: list[str] = []
+    for suite, some in groupby(mistakes, _suite_of):
+        if suite is None:
+            lines += (_complaint(dict(one)) for one in some)
+        else:
+            below: list[ErrorDetails] = [{**one, "loc": one["loc"][2:]} for one in some]
+            lines += (f"{suite}.{line}" for line in suite_complaints(below))
+    return lines
+
+
+def _suite_of(mistake: ErrorDetails) -> str | None:
+    """The key whose suite has a mistake at one of its own keys; None for all other mistakes."""
+    location = mistake["loc"]
+    return str(location[0]) if location[:2] in _SUITES and len(location) > 2 else None
+
+
 def _complaint(mistake: Mapping[str, Any]) -> str:
     """One mistake that pydantic found, in the words of the file."""
     location = [str(part) for part in mistake["loc"] if part not in _UNWRITTEN]
@@ -529,5 +550,7 @@ def _complaint(mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "missing":
         return f"{place}: is missing"
     message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix(f"{place}: ")
+    if place == "suite" and mistake["type"] == "string_type":
+        message = "should be a preset's name, a suite file, or a mapping of a suite's keys"
     given = "" if mistake["type"] == "value_error" else f" (given: {mistake['input']!r})"
     return f"{place}: {message}{given}" if place else f"{message}{given}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
@@ -23,6 +24,7 @@ from evomerge.evaluate.suite import (
     split_holdout,
 )
 from evomerge.recipe import Recipe
+from evomerge.search.study import study_from_mapping
 
 
 class EchoEngine(Engine):
@@ -185,6 +187,45 @@ def test_a_suite_file_names_all_wrong_keys_at_once(tmp_path: Path) -> None:
     assert "did you mean 'max_tokens'?" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("gates: {lenght: 2}", "gates.lenght: unknown key; did you mean 'length'?"),
+        ("gates: {japanese: 2}", "gates.japanese: unknown key; known are language, repetition, "),
+        (
+            "by_category: {math: {temprature: 1}}",
+            "by_category.math.temprature: unknown key; did you mean 'temperature'?",
+        ),
+        ("data: {hub: a/b, fil: x.csv}", "data.fil: unknown key; did you mean 'file'?"),
+        ("data: [a.csv]", "data: should be a table's file, or {hub: owner/name, file: NAME} (giv"),
+        ("scorer: 3", "scorer: should be a scorer's name, or several with their weights: {judge"),
+        ("scorer: {exact: 0}", "scorer.exact: should be above 0.0 (given: 0)"),
+        ("rubric: {promt: x, low: 1, high: 2}", "rubric.promt: unknown key; did you mean 'prompt"),
+        ("max_tokens: many", "max_tokens: should be a whole number (given: 'many')"),
+        (
+            "harness: {tasks: [{name: x, metrik: acc}]}",
+            "harness.tasks.0.metrik: unknown key; did you mean 'metric'?",
+        ),
+    ],
+)
+def test_a_mistake_is_told_alike_in_a_suite_file_and_in_a_study(
+    tmp_path: Path, written: str, message: str
+) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(written)
+    with pytest.raises(ConfigError) as of_file:
+        load_suite(str(path), tmp_path)
+    study = {"study": "s", "base_model": "a", "models": ["b"], "budget": {"trials": 1}}
+    study["suite"] = yaml.safe_load(written)
+    with pytest.raises(ConfigError) as of_study:
+        study_from_mapping(study, where="study.yaml", folder=tmp_path)
+    mistakes = str(of_file.value).splitlines()
+    assert any(line.startswith(f"{path}: {message}") for line in mistakes)
+    assert str(of_study.value).splitlines() == [
+        line.replace(f"{path}: ", "study.yaml: suite.") for line in mistakes
+    ]
+
+
 def test_max_tokens_must_be_positive() -> None:
     with pytest.raises(ValidationError):
         SuiteConfig(data="t.jsonl", max_tokens=0)
@@ -316,3 +357,8 @@ def test_prompts_that_do_not_fit_with_their_answers_are_named(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"1 of 2 tasks .* 8 tokens.*: 2 \(2 too many\)"):
         check_prompt_lengths(EchoEngine(), suite, suite.tasks)
     check_prompt_lengths(EchoEngine(), suite, suite.tasks[:1])
+    longer = suite_of(
+        tmp_path, rows, max_tokens=4, category="input", by_category={"a b c": {"max_tokens": 6}}
+    )
+    with pytest.raises(ConfigError, match=r"2 of 2 .* with answers of max_tokens 4 or 6: 1 \(2"):
+        check_prompt_lengths(EchoEngine(), longer, longer.tasks)

@@ -85,7 +85,7 @@ def measured() -> Measured:
         tasks=3,
         unscored=0,
         cut=0,
-        max_tokens=8,
+        limits=(8,),
         seconds={"switch": 0.01, "generate": 1.0},
         best_score=0.75,
         best_number=0,

@@ -486,12 +486,20 @@ def test_the_seconds_of_a_study_add_up_to_the_time_after_engine_start(
 
 def test_a_line_tells_a_trials_story(study: Study, storage: Path) -> None:
     stories: list[Story] = []
-    run_search(study(), storage=storage, open_evaluator=opener(), report=stories.append, trials=6)
-    lines = [story.line for story in stories]
+    suite = {"data": "tasks.jsonl", "category": "id", "by_category": {"3": {"max_tokens": 9}}}
+    run_search(
+        study(suite=suite),
+        storage=storage,
+        open_evaluator=opener(),
+        report=stories.append,
+        trials=6,
+    )
+    lines = [story.line for story in stories if not isinstance(story, Said)]
     assert lines[0] == (
         "study formula begins: 6 trials, generations of 6, 4 genes, 7 tasks + 3 held out"
     )
     assert lines[5].startswith("trial 0 gen 0 | merge 0 ms | 7 answers 0.0")
+    assert " s, 1 cut at 9 to 256 tokens | score " in lines[5]
     measured = Measured(
         candidate="trial 17",
         title="trial 17",
@@ -503,7 +511,7 @@ def test_a_line_tells_a_trials_story(study: Study, storage: Path) -> None:
         tasks=100,
         unscored=1,
         cut=7,
-        max_tokens=1024,
+        limits=(1024,),
         seconds={"switch": 0.041, "generate": 212.0},
         best_score=3.5125,
         best_number=12,
@@ -514,6 +522,8 @@ def test_a_line_tells_a_trials_story(study: Study, storage: Path) -> None:
         "trial 17 gen 2 | merge 41 ms | 100 answers 212.00 s, 7 cut at 1024 tokens, 1 unscored | "
         "score 3.416 | best 3.513 (#12)"
     )
+    for limits, words in (((64, 256, 512), "64 to 512 tokens"), ((), "their most tokens")):
+        assert f" s, 7 cut at {words}, " in replace(measured, limits=limits).line
     failed = replace(measured, score=None, reason="NaN weights", seconds={})
     assert failed.line == "trial 17 gen 2 | failed: NaN weights | best 3.513 (#12)"
     held_out = replace(measured, title="owner/model", part="holdout", number=None, generation=None)
