@@ -16,6 +16,8 @@ from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import GenerationSettings
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from evomerge.evaluate.task import TaskResult
+from evomerge.search.side_by_side import own_interval
 from tests import tiny
 from tests.evaluate.judge_server import ScriptedJudge, scripted
 from tests.test_cli import Ran, run
@@ -93,6 +95,16 @@ def test_models_of_one_kind_share_an_engine_and_answer_as_each_does_alone(here: 
     rows = ledger(here / "evol_merge_storage")
     assert [row.answer for row in rows if row.candidate == "b"] == answers(here / "b")
     assert len(rows) == 27
+
+
+def test_the_interval_of_a_score_ends_where_the_grades_do() -> None:
+    results = [
+        TaskResult(str(place), "?", "!", "stop", grade, 0.0, "v0")
+        for place, grade in enumerate((1, 5, 5, 5, 5))
+    ]
+    low, high = own_interval(results, (-math.inf, math.inf)) or (0.0, 0.0)
+    assert high > 5
+    assert own_interval(results, (1.0, 5.0)) == (low, 5.0)
 
 
 def test_what_the_ledger_has_is_not_answered_again_unless_asked(here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -94,6 +95,22 @@ class Suite:
         if isinstance(scorer, str):
             return scorer
         return " + ".join(f"{weight:g} {name}" for name, weight in scorer.items())
+
+    @property
+    def grade_range(self) -> tuple[float, float]:
+        """The lowest and the highest grade: one scorer's own, of several [0, 1].
+
+        Infinite for lm-evaluation-harness, whose metrics do not say.
+        """
+        if self.harness is not None:
+            return -math.inf, math.inf
+        if len(self.weights) > 1:
+            return 0.0, 1.0
+        if self.rubric is not None:
+            return float(self.rubric.low), float(self.rubric.high)
+        scorers: list[Scorer | LikelihoodScorer] = [*self.scorers.values()]
+        scorers += self.likelihood_scorers.values()
+        return float(scorers[0].low), float(scorers[0].high)
 
     @property
     def chat(self) -> Chat:
@@ -261,24 +278,13 @@ def _check_rubric(suite: Suite) -> None:
 
 def _check_gates(suite: Suite) -> None:
     """Raises ConfigError where a gate leaves a grade that the suite does not have."""
-    low, high = _range(suite)
+    low, high = suite.grade_range
     for gate, highest in suite.config.gates.items():
         if not low <= highest <= high:
             raise ConfigError(
                 f"{suite.where}: gates.{gate}: {highest:g} is no grade of this suite; its grades "
                 f"are {low:g} to {high:g}"
             )
-
-
-def _range(suite: Suite) -> tuple[float, float]:
-    """The lowest and the highest grade of a suite: one scorer's own, of several [0, 1]."""
-    if len(suite.weights) > 1:
-        return 0.0, 1.0
-    if suite.rubric is not None:
-        return suite.rubric.low, suite.rubric.high
-    everything: list[Scorer | LikelihoodScorer] = [*suite.scorers.values()]
-    everything += suite.likelihood_scorers.values()
-    return everything[0].low, everything[0].high
 
 
 def _needs_no_answer(scorer: str) -> bool:

@@ -58,7 +58,10 @@ def evaluation_markdown(found: Mapping[str, Any]) -> str:
 
 def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the numbers has to know, a sentence each."""
-    notes = ["In brackets: 95 % bootstrap intervals over the tasks."]
+    notes = [
+        "In brackets: 95 % bootstrap intervals over the tasks; those of scores end where the "
+        "suite's grades do."
+    ]
     for row in found["models"]:
         if row["reason"] is not None:
             notes.append(f"{row['model']} failed: {row['reason']}")

@@ -127,7 +127,8 @@ def _search(opened: _Opened, log: EventLog, bench: Bench, report: Report) -> Non
     if winner is None:
         raise RunError(f"study {study.name}: nothing could be scored")
     payload = describe(log.history, winner)
-    summary = summary_of(plan, log.history, winner, study.config.models)
+    grade_range = study.suite.grade_range
+    summary = summary_of(plan, log.history, winner, study.config.models, grade_range)
     log.append(events.finished(payload, budget.to_mapping(), seconds, summary))
 
 

@@ -74,7 +74,8 @@ def paired_test(one: Grades, other: Grades) -> tuple[float, float]:
 def repetition_interval(grades: Grades, level: float = 0.95) -> tuple[float, float]:
     """Where the score on these very tasks lies, were they answered and graded without end.
 
-    From the spread of a task's attempts alone: how hard tasks are has no part in it. The degrees of
+    From the spread of a task's attempts alone: how hard tasks are has no part in it. It may reach
+    beyond the range of grades (`within`). The degrees of
     freedom after Satterthwaite 1946, doi:10.2307/3002019. Raises ValueError where no task has two
     grades.
     """
@@ -121,6 +122,12 @@ def paired_interval(
     low, high = np.quantile(differences[drawn].mean(axis=1) - mean, tails)
     stretch = math.sqrt(number / (number - 1))
     return mean, mean + stretch * float(low), mean + stretch * float(high)
+
+
+def within(interval: tuple[float, float], grades: tuple[float, float]) -> tuple[float, float]:
+    """The part of a score's interval that lies in the range of grades: no mean lies elsewhere."""
+    lowest, highest = grades
+    return max(interval[0], lowest), min(interval[1], highest)
 
 
 def optimism(best_observed: float, fresh: Grades) -> float:

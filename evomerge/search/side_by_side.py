@@ -28,7 +28,7 @@ from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, check_prompt_lengths
 from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.search.selection import paired_interval
+from evomerge.search.selection import paired_interval, within
 
 Interval = tuple[float, float]
 
@@ -239,13 +239,16 @@ def measure_models(
         return together.measure(contestants, tasks)
 
 
-def own_interval(results: Sequence[TaskResult]) -> Interval | None:
-    """The 95 % interval of the mean grade, over tasks; None for fewer than two graded ones."""
+def own_interval(results: Sequence[TaskResult], grade_range: Interval) -> Interval | None:
+    """The 95 % interval of the mean grade, over tasks; None for fewer than two graded ones.
+
+    As far as it lies in the range of grades.
+    """
     grades = _grades(results)
     if np.isfinite(grades).sum() < 2:
         return None
     _, low, high = paired_interval(grades, np.zeros_like(grades), _SEED)
-    return low, high
+    return within((low, high), grade_range)
 
 
 def difference(one: Measured, first: Measured) -> Difference | None:
@@ -281,16 +284,18 @@ def evaluation_json(
 
 
 def _model_json(one: Measured, first: Measured, suite: Suite) -> dict[str, Any]:
-    parts = by_category(one, suite)
+    parts, grades = by_category(one, suite), suite.grade_range
     against = None if one is first else difference(one, first)
     return {
         "model": one.model,
         "score": one.score,
         "tasks": len(one.results),
         "unscored": one.unscored,
-        "interval": own_interval(one.results),
+        "interval": own_interval(one.results, grades),
         "categories": {name: mean_grade(results) for name, results in parts.items()},
-        "category_intervals": {name: own_interval(results) for name, results in parts.items()},
+        "category_intervals": {
+            name: own_interval(results, grades) for name, results in parts.items()
+        },
         "difference": against
         and {"to": against.to, "mean": against.mean, "interval": against.interval},
         "cut": one.cut,

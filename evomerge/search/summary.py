@@ -12,19 +12,34 @@ from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.history import History, trial_label
 from evomerge.search.plan import Plan
 from evomerge.search.pool import best_trials, fresh_grades, uniforms
-from evomerge.search.selection import Grades, optimism, paired_interval, repetition_interval
+from evomerge.search.selection import (
+    Grades,
+    optimism,
+    paired_interval,
+    repetition_interval,
+    within,
+)
 
+# The range of grades where it is not known.
+ANY_GRADE = (-math.inf, math.inf)
 _DECIMALS = 6
 
 
-def summary_of(plan: Plan, history: History, winner: str, models: Sequence[str]) -> dict[str, Any]:
+def summary_of(
+    plan: Plan,
+    history: History,
+    winner: str,
+    models: Sequence[str],
+    grade_range: tuple[float, float] = ANY_GRADE,
+) -> dict[str, Any]:
     """The summary of a finished study, as plain values; `models` are the names of its inputs.
 
     fresh: the winner's score on the search tasks in fresh attempts, with the 95 % interval of this
-    score on these tasks under repetition; None where there were none. differences: the winner less
-    base, each model and the best uniform merge, greedy answers, with 95 % intervals by the
-    bootstrap over tasks, on the held-out tasks where there are any (`part`). optimism: by how much
-    the best value that the search saw exceeds the same candidate's fresh score.
+    score on these tasks under repetition, within the range of grades; None where there were none.
+    differences: the winner less base, each model and the best uniform merge, greedy answers, with
+    95 % intervals by the bootstrap over tasks, on the held-out tasks where there are any (`part`).
+    optimism: by how much the best value that the search saw exceeds the same candidate's fresh
+    score.
     """
     part = "holdout" if plan.holdout else "search"
     differences = _differences(plan, history, winner)
@@ -33,21 +48,23 @@ def summary_of(plan: Plan, history: History, winner: str, models: Sequence[str])
         one["model"] = titles.get(one["candidate"], one["candidate"])
     return {
         "part": part,
-        "fresh": fresh_score(plan, history, winner),
+        "fresh": fresh_score(plan, history, winner, grade_range),
         "differences": differences,
         "optimism": _optimism(plan, history),
         "verdict": _verdict(plan, history, winner, differences, titles),
     }
 
 
-def fresh_score(plan: Plan, history: History, winner: str) -> dict[str, Any] | None:
+def fresh_score(
+    plan: Plan, history: History, winner: str, grade_range: tuple[float, float] = ANY_GRADE
+) -> dict[str, Any] | None:
     """The mean grade in fresh attempts and its interval under repetition; None without attempts."""
     grades = fresh_grades(plan.tasks, history, winner, plan.attempts) if plan.attempts else None
     if grades is None or not np.isfinite(grades).any():
         return None
     score = mean_of_tasks(grades)
     repeated = (np.isfinite(grades).sum(axis=0) > 1).any()
-    low, high = repetition_interval(grades) if repeated else (None, None)
+    low, high = within(repetition_interval(grades), grade_range) if repeated else (None, None)
     return {"score": score, "low": low, "high": high, "attempts": plan.attempts}
 
 

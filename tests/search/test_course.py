@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError, RunError
@@ -21,6 +23,7 @@ from evomerge.report.results import write_results
 from evomerge.search.evaluator import TimeSplit
 from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import ResolvedStudy
+from evomerge.search.selection import repetition_interval
 from evomerge.search.status import study_status
 from evomerge.search.storage import open_log
 from evomerge.search.story import Measured, Said, Story
@@ -38,9 +41,9 @@ FULL: dict[str, Any] = {
 
 
 def noisy_grade(recipe: Recipe, task: str) -> float:
-    """`formula_grade` and something of this recipe on this task alone."""
+    """`formula_grade`, and something of this recipe on this task alone, at most 1."""
     key = f"{weights_of(recipe)} {task}"
-    return formula_grade(recipe, task) + 0.1 * math.sin(sum(map(ord, key)) * 12.9898)
+    return formula_grade(recipe, task) - 0.1 + 0.1 * math.sin(sum(map(ord, key)) * 12.9898)
 
 
 @pytest.fixture
@@ -431,6 +434,21 @@ def test_all_grades_alike_end_in_a_winner_of_that_score(full: Study, tmp_path: P
     assert status["best"]["score"] == 0.5
     assert status["outcome"]["fresh"] == {"score": 0.5, "low": 0.5, "high": 0.5, "attempts": 3}
     assert status["outcome"]["verdict"].startswith("Nothing beats the best input, ")
+
+
+def test_the_interval_of_the_winners_score_ends_at_the_best_grade(
+    full: Study, tmp_path: Path
+) -> None:
+    calls = count()
+    grade = opener(grade=lambda *_: 0.6 if next(calls) % 50 == 0 else 1.0)
+    status = search(full(), tmp_path, open_evaluator=grade, trials=8).status
+    history = history_of(tmp_path)
+    winner = history.choices[1]["candidate"]
+    grades = np.array([list(history.grades[winner, attempt].values()) for attempt in (1, 2, 3)])
+    low, high = repetition_interval(grades)
+    assert high > 1
+    fresh = status["outcome"]["fresh"]
+    assert (fresh["low"], fresh["high"]) == (pytest.approx(low), 1.0)
 
 
 def test_where_a_switch_is_dear_every_candidate_answers_all_tasks(
