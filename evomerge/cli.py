@@ -88,7 +88,8 @@ TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust-code",
-        help="Let the study set any engine option, and run code of its own (scorers).",
+        help="Let the study set any engine option, run code of its own (scorers), and send its "
+        "judge any file and key.",
     ),
 ]
 

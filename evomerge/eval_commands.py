@@ -39,7 +39,11 @@ DataOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The suite's tasks, in place of its own.")
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-code", help="Let a suite grade by code that its file names.")
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Let a suite grade by code that its file names, and a judge get any file and key.",
+    ),
 ]
 LimitOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="N tasks, of all categories alike.")
@@ -355,7 +359,7 @@ def eval_(
     trust_code: TrustOption = False,
 ) -> None:
     """Evaluate models side by side, paired task by task against the first one."""
-    from evomerge.evaluate.graders import needs_judge
+    from evomerge.evaluate.graders import check_graders, needs_judge
     from evomerge.report.radar import check_charts, draw_radar
     from evomerge.report.side_by_side import (
         check_radar_categories,
@@ -373,6 +377,7 @@ def eval_(
             "gpt-4.1 --judge-key-env OPENAI_API_KEY, or --judge-model NAME --judge-url "
             "http://127.0.0.1:8000/v1, or --judge-local MODEL"
         )
+    check_graders(wanted, judge, trust_code=trust_code, environment=os.environ)
     if markdown is not None:
         refuse_existing_file(markdown, overwrite=overwrite)
     if radar:
@@ -392,6 +397,7 @@ def eval_(
                 environment=os.environ,
                 fresh=fresh,
                 say=say,
+                trust_code=trust_code,
             )
         except KeyboardInterrupt:
             say("interrupted; the same command goes on, and pays for nothing twice")
@@ -417,7 +423,7 @@ def _suite(
     from evomerge.evaluate.suite import load_suite
     from evomerge.search.tasks import draw_tasks
 
-    suite = load_suite(reference, Path(), data=data, trust_code=trust_code)
+    suite = load_suite(reference, Path(), data=data, trust_code=trust_code, typed=True)
     if limit is None or limit >= len(suite.tasks):
         return suite, list(suite.tasks)
     drawn = set(draw_tasks({task.id: task.category for task in suite.tasks}, limit, 0, 0))

@@ -233,8 +233,8 @@ def test_answers_without_a_grade_are_counted_and_left_out(here: Path) -> None:
             ["api_key_env"],
         ),
         (
-            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-key-env", "MY_KEY"),
-            ["MY_KEY is not set"],
+            ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-key-env", "JUDGE_KEY"),
+            ["JUDGE_KEY is not set"],
         ),
         (
             ("a", "--suite", "judged.yaml", "--judge-model", "x", "--judge-key-env", "sk-123"),
@@ -249,7 +249,7 @@ def test_answers_without_a_grade_are_counted_and_left_out(here: Path) -> None:
 def test_a_mistake_is_one_message_before_an_engine_starts(
     arguments: tuple[str, ...], words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MY_KEY", raising=False)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
     judged(here)
     (here / "flat.yaml").write_text("scorer: exact\ndata: tasks.jsonl\n")
     ran = run("eval", *arguments, *OPTIONS)

@@ -224,7 +224,7 @@ def test_the_published_file_is_the_preset_and_its_table_gives_its_means() -> Non
         ("  models: [instruct]", "  models: []", ["reproduce.models"]),
         ("  gguf: q8_0", "  gguf: q4_k", ["reproduce.gguf", "'q4_k'"]),
         ("like: japanese-mt-bench,", "like: japanese-mt,", ["reproduce.suite", "japanese-mt"]),
-        ("base_url: JUDGE", "api_key_env: NO_SUCH_KEY", ["NO_SUCH_KEY is not set"]),
+        ("base_url: JUDGE", "api_key_env: OPENAI_API_KEY", ["OPENAI_API_KEY is not set"]),
         ("  judge: {", "  # {", ["reproduce.judge", "is missing"]),
         ("reproduce:", "reproduc:", ["no key reproduce", "evomerge moe"]),
         ("  models: [instruct]", "  models: [nowhere]", ["nowhere"]),
@@ -232,8 +232,9 @@ def test_the_published_file_is_the_preset_and_its_table_gives_its_means() -> Non
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_message_before_anything_is_built(
-    old: str, new: str, words: list[str], here: Path
+    old: str, new: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     file = here / "moe.yaml"
     text = file.read_text("utf-8")
     assert old in text

@@ -337,8 +337,10 @@ def _openai_client(server: JudgeServer, key: str | None) -> AsyncOpenAI:
         base_url=server.base_url,
         timeout=server.timeout,
         max_retries=0,
-        # Proxies of the environment are for other machines.
-        http_client=DefaultAsyncHttpxClient(trust_env=not server.on_this_machine),
+        # Proxies of the environment are for other machines. Nobody sends us on to another host.
+        http_client=DefaultAsyncHttpxClient(
+            trust_env=not server.on_this_machine, follow_redirects=False
+        ),
     )
     if server.host != "api.openai.com":
         # Found in the environment, and nobody else's business.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
 from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS, LikelihoodScorer
+from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.own_scorers import code_digest, find_scorer
 from evomerge.evaluate.prompts import Chat, ask, uses_chat
 from evomerge.evaluate.routing import routed_tasks
@@ -22,6 +23,7 @@ from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.evaluate.suite_config import (
     HARNESS,
+    JOINED,
     JUDGE,
     GenerationConfig,
     HarnessConfig,
@@ -45,7 +47,8 @@ _NOTHING_OF_ITS_OWN = GenerationConfig()
 class Suite:
     """Tasks with everything that decides their grades; ids are unique, the order is the file's.
 
-    `where` names the suite in messages: a preset's name, a file, or "suite".
+    `where` names the suite in messages: a preset's name, a file, or "suite". `files` are those that
+    it is made of and that a file names.
     """
 
     config: SuiteConfig
@@ -53,6 +56,7 @@ class Suite:
     where: str = "suite"
     harness: HarnessTasks | None = field(default=None, hash=False, compare=False)
     own_scorers: Mapping[str, Scorer] = field(default_factory=dict, hash=False, compare=False)
+    files: tuple[NamedFile, ...] = field(default=(), hash=False, compare=False)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -166,19 +170,27 @@ class Suite:
 
 
 def load_suite(
-    suite: SuiteConfig | str, folder: Path, data: Path | None = None, *, trust_code: bool = False
+    suite: SuiteConfig | str,
+    folder: Path,
+    data: Path | None = None,
+    *,
+    trust_code: bool = False,
+    typed: bool = False,
 ) -> Suite:
     """The suite of a configuration, a preset's bare name or a suite file, with its tasks read.
 
     Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
     table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
-    are code of somebody's own (of a configuration that was asked when it was read).
+    are code of somebody's own (of a configuration that was asked when it was read). `typed`: the
+    user named the suite file, no other file did.
     Raises ConfigError naming file and line on whatever is wrong.
     """
     where = "suite"
+    by_name: tuple[NamedFile, ...] = ()
     if not isinstance(suite, SuiteConfig):
         path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
         where = suite if is_bare_name(suite) else str(path)
+        by_name = () if typed else (NamedFile("suite", path, folder),)
         suite, folder = read_suite_config(path, trust_code=trust_code), path.parent
     if suite.harness is not None:
         return _with_harness(suite, suite.harness, folder, where)
@@ -193,10 +205,21 @@ def load_suite(
     tasks = read_tasks(suite, tables, scorers)
     if suite.router is not None:
         tasks = routed_tasks(suite.router, tasks, folder, where)
-    found = replace(empty, tasks=tasks)
+    found = replace(empty, tasks=tasks, files=(*by_name, *_files(suite, tables[0], data)))
     _check_rubric(found)
     _check_gates(found)
     return found
+
+
+def _files(suite: SuiteConfig, table: Path, data: Path | None) -> Iterator[NamedFile]:
+    """The files that the suite names; `data` in place of its own table is the user's word."""
+    joined = [
+        replace(one, path=table.parent / one.path) for one in suite.files if one.key == JOINED
+    ]
+    yield from [one for one in joined if one.path.is_file()][:1]
+    for one in suite.files:
+        if one.key != JOINED and (one.key != "data" or data is None):
+            yield one
 
 
 def _content(task: Task) -> dict[str, object]:

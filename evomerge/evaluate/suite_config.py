@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -13,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     Tag,
     ValidationError,
     ValidationInfo,
@@ -24,6 +27,7 @@ from pydantic_core import ErrorDetails
 from evomerge.errors import ConfigError, nearest, shown
 from evomerge.evaluate.gates import GATES, Gate
 from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS
+from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.own_scorers import entry_point_names, is_code
 from evomerge.evaluate.scorers import SCORERS
 from evomerge.evaluate.tables import read_text
@@ -54,6 +58,10 @@ _TAKEN_BACK = (
 )
 # Values that may be the text of a file: {file: NAME}, relative to the file that says so.
 _TEXTS = ("prompt", "chat_template")
+JOINED = "join.file"
+
+# What a suite says, and the folder of its file; after it, the same of the suite that it is like.
+_Layers: TypeAlias = list[tuple[Mapping[str, Any], Path]]
 
 
 class _Strict(BaseModel):
@@ -93,6 +101,10 @@ class DataSource(_Strict):
             raise ValueError("hub (owner/name) or source (where to get the file) is missing")
         if self.hub is None and self.revision is not None:
             raise ValueError("revision is that of a hub repository, and hub is missing")
+        outside = [name for name in self.file if ".." in Path(name).parts or name.startswith("/")]
+        if self.hub is not None and outside:
+            # The hub's cache would be left by it.
+            raise ValueError(f"file: {outside[0]!r} is no name in a hub repository")
         return self
 
 
@@ -200,6 +212,13 @@ class HarnessConfig(_Strict):
         return path
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a suite's texts come from: what is the same otherwise is the same suite."""
+
+    files: tuple[NamedFile, ...] = field(default=(), compare=False)
+
+
 class SuiteConfig(_Strict):
     """What a suite file, or the key `suite:` of a study, says.
 
@@ -272,16 +291,24 @@ class SuiteConfig(_Strict):
     router: Annotated[RouterConfig, BeforeValidator(_as_table)] | None = None
     selection_temperature: float = Field(default=0.7, gt=0.0)
 
-    @model_validator(mode="before")
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _takes_over(cls, content: object, info: ValidationInfo) -> object:
+    def _takes_over(
+        cls, content: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
         if not isinstance(content, Mapping):
-            return content
+            return handler(content)
         folder = (info.context or {}).get("folder", Path())
+        layers: _Layers = []
         try:
-            return _with_rubric(_complete(dict(content), folder))
+            whole = _with_rubric(_complete(dict(content), folder, layers))
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        config = handler(whole)
+        config._origin = _Origin(_named_files(layers))
+        return config
 
     @field_validator("scorer")
     @classmethod
@@ -342,6 +369,20 @@ class SuiteConfig(_Strict):
             return {HARNESS: 1.0}
         return {self.scorer: 1.0} if isinstance(self.scorer, str) else self.scorer
 
+    @property
+    def files(self) -> tuple[NamedFile, ...]:
+        """The files that the suite and those that it is like name, as far as they count.
+
+        A second table's (`JOINED`) are as they are written: it lies beside the first one.
+        """
+        return self._origin.files
+
+    def with_data(self, table: Path) -> SuiteConfig:
+        """The same suite with a table of the user's own, which no file names."""
+        changed = self.model_copy(update={"data": str(table.absolute())})
+        changed._origin = _Origin(tuple(one for one in self.files if one.key != "data"))
+        return changed
+
 
 def read_suite_config(path: Path, *, trust_code: bool = False) -> SuiteConfig:
     """The configuration in the YAML file `path`; ConfigError names every wrong key at once.
@@ -380,11 +421,14 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) -> dict[str, Any]:
-    """`content` with the texts of its files, and what it is like below it.
+def _complete(
+    content: dict[str, Any], folder: Path, layers: _Layers, seen: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """`content` with the texts of its files, and what it is like below it; notes the `layers`.
 
     Raises ConfigError where a file is not there, or a suite is like itself.
     """
+    layers.append((content, folder))
     filled = _with_texts(content, folder)
     like = filled.pop("like", None)
     if like is None:
@@ -394,7 +438,7 @@ def _complete(content: dict[str, Any], folder: Path, seen: Sequence[Path] = ()) 
     path = locate(like if is_bare_name(like) else str(folder / like), "evaluators")
     if path in seen:
         raise ConfigError(f"like: {path} is like itself")
-    below = _complete(_content(path), path.parent, (*seen, path))
+    below = _complete(_content(path), path.parent, layers, (*seen, path))
     below = _with_code_beside(_with_data_beside(below, path.parent), path.parent, folder)
     for key in _MERGED:
         if isinstance(below.get(key), Mapping) and isinstance(filled.get(key), Mapping):
@@ -488,6 +532,51 @@ def _text(value: object, key: str, folder: Path) -> object:
         return read_text(path)
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
+
+
+def _named_files(layers: _Layers) -> tuple[NamedFile, ...]:
+    """The files that make up a suite: of each key those of the first layer that has it.
+
+    Of `like` those of all layers.
+    """
+    found: list[NamedFile] = []
+    decided: set[str] = set()
+    for content, folder in layers:
+        said = _may_name_files(content)
+        for key in [key for key in said if key not in decided]:
+            names = [Path(name).expanduser() for name in _names_in(said[key])]
+            found += [
+                NamedFile(key, name if key == JOINED else folder / name, folder) for name in names
+            ]
+        decided |= said.keys() - {"like"}
+    return tuple(found)
+
+
+def _may_name_files(content: Mapping[str, Any]) -> dict[str, object]:
+    """Key -> what may be a file's name or several, of each key of a suite that may name some."""
+    said = {key: content[key] for key in ("data", "like") if key in content}
+    for key in _TEXTS:
+        if key in content:
+            said[key] = _part(content[key], "file")
+    rubric = content.get("rubric")
+    if "rubric" in content and ("prompt" in rubric if isinstance(rubric, Mapping) else True):
+        said["rubric.prompt"] = _part(_part(rubric, "prompt"), "file")
+    if "router" in content:
+        said["router.table"] = _part(_as_table(content["router"]), "table")
+    if "join" in content:
+        said[JOINED] = _part(content["join"], "file")
+    if isinstance(like := said.get("like"), str) and is_bare_name(like):
+        del said["like"]
+    return said
+
+
+def _part(value: object, key: str) -> object:
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _names_in(value: object) -> list[str]:
+    names = value if isinstance(value, list | tuple) else [value]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _templates() -> Path:

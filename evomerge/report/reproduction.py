@@ -23,8 +23,8 @@ from pydantic_core import ErrorDetails
 
 from evomerge.engine.live_models import LiveSettings
 from evomerge.errors import ConfigError, OutputExistsError, nearest
-from evomerge.evaluate.graders import needs_judge
-from evomerge.evaluate.judge_config import JudgeConfig, key_of
+from evomerge.evaluate.graders import check_graders, needs_judge
+from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
 from evomerge.evaluate.suite_config import suite_complaints
 from evomerge.evaluate.task import Task
@@ -224,6 +224,7 @@ class Reproduction:
             folder=self.file.path.parent,
             environment=self.environment,
             say=self.say,
+            trust_code=self.file.trusted,
         )
         document = self._document(suite, measured)
         charts = write_evaluation(self.out, document, self.file.reproduce.name, self.say)
@@ -253,9 +254,12 @@ class Reproduction:
                 f"{self.file.path}: {REPRODUCE}.judge: is missing, and the suite is graded by one; "
                 "--judge-model NAME --judge-url URL --judge-key-env VAR name it, too"
             )
-        if self.judge is not None and needs_judge(suite):
-            for server in self.judge.servers:
-                key_of(server, self.environment)
+        try:
+            check_graders(
+                suite, self.judge, trust_code=self.file.trusted, environment=self.environment
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{self.file.path}: {REPRODUCE}: {error}") from error
         self._tasks = _limited(suite, self.limit)
         state = self._state()
         begun = state.get("mixture") or state.get("building")
@@ -383,6 +387,7 @@ def evaluate_study(
         folder=config.folder,
         environment=environment,
         say=say,
+        trust_code=config.trust_code,
     )
     named = config.suite if study.held_out is None else config.holdout
     which = "held out of the search" if held_out else "that the search saw, too"

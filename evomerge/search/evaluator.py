@@ -155,6 +155,7 @@ def study_graders(
         folder=config.folder,
         environment=os.environ,
         say=say,
+        trust_code=config.trust_code,
     )
 
 

@@ -83,7 +83,12 @@ def run_search(
         if log is not None:
             stack.callback(log.close)
         history = log.history if log else History()
-        study = resolve_study(_with_seed(config, history, seed), storage, _course(config, history))
+        study = resolve_study(
+            _with_seed(config, history, seed),
+            storage,
+            _course(config, history),
+            None if history.finished else os.environ,
+        )
         _refuse_changes(study, history)
         # Once for all: recipes' files may change, and other studies go on.
         warm = history.begun.get("warm_start", {}) if history.begun else warm_starts(study)

@@ -98,17 +98,29 @@ class ResolvedStudy:
         """The suite whose tasks are answered in this part of a search."""
         return self.suites[-1] if part == "holdout" else self.suite
 
+    def answer_limits(self, part: Part, task_ids: Sequence[str]) -> tuple[int, ...]:
+        """`Suite.answer_limits` of the tasks of these names, which are answered in this part."""
+        if part == "holdout" and self.held_out is not None:
+            task_ids = self.held_out.own_ids(task_ids)
+        return self.suite_of(part).answer_limits(task_ids)
+
     @property
     def directory(self) -> Path:
         """The study's own folder in the storage."""
         return study_directory(self.storage, self.name)
 
 
-def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> ResolvedStudy:
+def resolve_study(
+    config: StudyConfig,
+    storage: Path,
+    course: int = COURSE,
+    environment: Mapping[str, str] | None = None,
+) -> ResolvedStudy:
     """The study with everything it names found and checked, headers only.
 
     Raises ConfigError for whatever can be found wrong before an engine starts. What hub names,
-    adapters and GGUF files become is kept in `storage`.
+    adapters and GGUF files become is kept in `storage`; `environment` is to hold the judge's keys
+    (None: nobody will be asked).
     """
     check_writable(storage)
     suite = _in_file(
@@ -117,7 +129,16 @@ def resolve_study(config: StudyConfig, storage: Path, course: int = COURSE) -> R
     held_out = _held_out_suite(config)
     suites = [suite] if held_out is None else [suite, held_out.suite]
     for one in suites:
-        _in_file(config, partial(check_graders, one, config.judge))
+        _in_file(
+            config,
+            partial(
+                check_graders,
+                one,
+                config.judge,
+                trust_code=config.trust_code,
+                environment=environment,
+            ),
+        )
     _check_turns(config, suites)
     search, holdout = _split(config, suite, held_out)
     base, *models = _model_folders(config, storage)

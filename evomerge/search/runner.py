@@ -294,7 +294,7 @@ class Runner:
             tasks=ended.get("tasks", 0),
             unscored=ended.get("unscored", 0),
             cut=ended.get("cut", 0),
-            limits=self._study.suite_of(unit.part).answer_limits(tasks),
+            limits=self._study.answer_limits(unit.part, tasks),
             seconds=ended["seconds"] if "score" in ended else {},
             best_score=best.score if best else None,
             best_number=best.number if best else None,

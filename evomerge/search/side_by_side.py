@@ -212,12 +212,13 @@ def measure_models(
     environment: Mapping[str, str],
     fresh: bool = False,
     say: Callable[[str], None],
+    trust_code: bool = False,
 ) -> list[Measured]:
     """What each model made of the tasks (`SideBySide.measure`), with everything opened for it.
 
     The judge is open before the first engine and after the last. `folder` is where a local judge's
-    path starts, `environment` holds its key. Raises ConfigError where a judge is to take turns with
-    an engine, which searches alone do.
+    path starts, `environment` holds its key; `trust_code` is for `check_graders`. Raises
+    ConfigError where a judge is to take turns with an engine, which searches alone do.
     """
     if shares_gpu(suite, judge):
         raise ConfigError(
@@ -233,6 +234,7 @@ def measure_models(
         folder=folder,
         environment=environment,
         say=say,
+        trust_code=trust_code,
     ) as (graders,):
         judged_by = {} if judge is None else judge.fingerprint(folder)
         together = SideBySide(suite, live, database, graders, judged_by, fresh=fresh, say=say)

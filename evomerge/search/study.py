@@ -304,7 +304,7 @@ class StudyConfig(_Strict):
 
     @property
     def trust_code(self) -> bool:
-        """Whether code of somebody's own may run: scorers of a suite file."""
+        """Whether code of somebody's own may run (scorers), and a judge be sent what it names."""
         return self._trust_code
 
     def with_seed(self, seed: int) -> StudyConfig:
@@ -430,17 +430,15 @@ def with_options(
             raise ConfigError(f"--engine: {engine!r} is none; there are vllm and transformers")
         changes["engine"] = config.engine.model_copy(update={"name": engine})
     if data is not None:
-        table = {"data": str(data.absolute())}
-        changes["suite"] = (
-            suite_from_mapping(
-                {"like": config.suite} | table,
+        suite = config.suite
+        if isinstance(suite, str):
+            suite = suite_from_mapping(
+                {"like": suite},
                 config.folder,
                 f"{config.where}: suite",
                 trust_code=config.trust_code,
             )
-            if isinstance(config.suite, str)
-            else config.suite.model_copy(update=table)
-        )
+        changes["suite"] = suite.with_data(data)
     return config.model_copy(update=changes)
 
 
