@@ -6,6 +6,10 @@ PYTHON ?= python3
 SEED ?= 0
 VENV_PYTHON := .venv/bin/python
 
+# .venv is installed uncompiled: where the environment forbids bytecode, as many containers do, each
+# process would compile vLLM and what it imports anew, for more than half of its start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: venv demo demo-llm test check clean
 
 venv:
