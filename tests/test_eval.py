@@ -200,8 +200,21 @@ def test_a_judge_over_http_grades_and_nothing_is_paid_for_twice(here: Path) -> N
         ]
         assert found["models"][1]["score"] == np.mean(expected)
         paid = len(judge.prompts)
-        assert evaluated(*arguments)[0] == found
-        assert evaluated(*arguments, "--fresh")[0]["models"][1]["score"] == np.mean(expected)
+        # What b answers as a does has a grade already.
+        alike = sum(map(str.__eq__, answers(here / "a"), answers(here / "b")))
+        took = {"grades": 9, "prompt_tokens": 100 * (9 - alike), "cost": None}
+        took["completion_tokens"] = 10 * (9 - alike)
+        assert found["models"][1]["judging"] == {**took, "reused": alike}
+        again = evaluated(*arguments)[0]
+        assert again["models"][1].pop("judging") == {**took, "reused": 9}
+        del found["models"][1]["judging"]
+        assert again["models"][1] == found["models"][1]
+        fresh = evaluated(*arguments, "--fresh")[0]["models"][1]
+        assert fresh["score"] == np.mean(expected)
+        nothing = {"prompt_tokens": 0, "completion_tokens": 0}
+        assert fresh["judging"] == {**took, **nothing, "reused": 9}
+        ran = run("eval", *arguments, *OPTIONS)
+        assert "a: the judge took 900 + 90 tokens for 9 grades; all of them were there" in ran.out
         assert len(judge.prompts) == paid
 
 

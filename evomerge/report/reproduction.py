@@ -304,7 +304,7 @@ class Reproduction:
         return model
 
     def _document(self, suite: Suite, measured: Sequence[Measured]) -> dict[str, Any]:
-        document = evaluation_json(self.file.suite, suite, measured, self.judge)
+        document = evaluation_json(self.file.suite, suite, measured, self.judge, judging=False)
         for row in document["models"]:
             row["published"] = self.file.reproduce.published.get(row["model"])
         return document
@@ -392,7 +392,7 @@ def evaluate_study(
     named = config.suite if study.held_out is None else config.holdout
     which = "held out of the search" if held_out else "that the search saw, too"
     title = f"{named if isinstance(named, str) else study.name}, {len(tasks)} tasks {which}"
-    document = evaluation_json(title, suite, measured, config.judge)
+    document = evaluation_json(title, suite, measured, config.judge, judging=False)
     charts = write_evaluation(folder, document, study.name, say)
     if gguf is None:
         return Reproduced(model, None, folder / TABLE, charts, document)

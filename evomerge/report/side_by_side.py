@@ -70,6 +70,8 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
                 f"{row['model']}: {row['unscored']} of {row['tasks']} answers could not be graded "
                 "and are left out of its means."
             )
+        if row.get("judging"):
+            notes.append(f"{row['model']}: {_judging(row['judging'])}")
         if row["cut"]:
             notes.append(f"{row['model']}: {row['cut']} answers were cut at max_tokens.")
         notes += [
@@ -77,6 +79,19 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
             for gate, count in sorted(row["gates"].items())
         ]
     return notes
+
+
+def _judging(took: Mapping[str, Any]) -> str:
+    """What the judge took for a model's grades, and what of it was not paid now."""
+    cost = "" if took["cost"] is None else f", {took['cost']:.4g} by its prices"
+    words = (
+        f"the judge took {took['prompt_tokens']} + {took['completion_tokens']} tokens{cost} for "
+        f"{took['grades']} grades"
+    )
+    if not took["reused"]:
+        return f"{words}."
+    how_many = "all" if took["reused"] == took["grades"] else str(took["reused"])
+    return f"{words}; {how_many} of them were there already, and cost nothing now."
 
 
 def evaluation_radar(found: Mapping[str, Any]) -> RadarTable:

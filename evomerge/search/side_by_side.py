@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from evomerge.evaluate.evaluation import evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
-from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
+from evomerge.evaluate.ledger_query import LedgerRow, PartGrade, ledger_rows
 from evomerge.evaluate.self_test import self_test, shown_prompt
-from evomerge.evaluate.suite import Suite, check_prompt_lengths
-from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult
+from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
+from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult, Usage
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.search.selection import paired_interval, within
 
@@ -42,6 +42,21 @@ class Contestant:
 
     name: str
     folder: Path
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What a judge took for a model's grades, now or when they were given first.
+
+    `reused` of the `grades` were there already: nothing was paid for them now. `cost` None where no
+    prices are known.
+    """
+
+    grades: int
+    reused: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,23 @@ class Measured:
     def gates(self) -> dict[str, int]:
         """How many answers each gate found something wrong with."""
         return dict(Counter(gate for result in self.results for gate in result.gates))
+
+    @property
+    def judging(self) -> Judging | None:
+        """What the judge took; None where none was asked."""
+        parts = [part for result in self.results for part in result.details]
+        judged = [part for part in parts if part.scorer == JUDGE and part.reply is not None]
+        usages = [part.usage for part in judged if part.usage is not None]
+        if not judged:
+            return None
+        costs = [usage.cost for usage in usages if usage.cost is not None]
+        return Judging(
+            grades=len(judged),
+            reused=len(judged) if self.known else len(judged) - len(usages),
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            cost=math.fsum(costs) if costs else None,
+        )
 
     @property
     def seconds(self) -> float:
@@ -172,16 +204,26 @@ class SideBySide:
         """What the ledger has of the same evaluation, if it has all of it."""
         key = self._key(one)
         with can_be_read("the ledger"), self.database.begin() as connection:
-            rows = {
-                row.task: row
+            all_rows = [
+                row
                 for row in ledger_rows(connection, None, [one.name])
                 if (row.recipe_digest, row.suite_digest) == (key.recipe_digest, key.suite_digest)
                 and row.scorer == key.scorer
                 and row.grade is not None
-            }
+            ]
+        rows = {row.task: row for row in all_rows}
         if any(task.id not in rows for task in tasks):
             return None
-        return Measured(one.name, tuple(_result(rows[task.id]) for task in tasks), known=True)
+        # Of an answer that was given again the judge's reply was reused: what it took is beside
+        # the first one.
+        paid = {
+            _key_of(row, part): usage
+            for row in all_rows
+            for part in row.parts
+            if (usage := _usage(part)) is not None
+        }
+        results = tuple(_result(rows[task.id], paid) for task in tasks)
+        return Measured(one.name, results, known=True)
 
     def _key(self, one: Contestant) -> UnitKey:
         return UnitKey(
@@ -272,22 +314,32 @@ def by_category(measured: Measured, suite: Suite) -> dict[str, tuple[TaskResult,
 
 
 def evaluation_json(
-    name: str, suite: Suite, all_measured: Sequence[Measured], judge: JudgeConfig | None
+    name: str,
+    suite: Suite,
+    all_measured: Sequence[Measured],
+    judge: JudgeConfig | None,
+    *,
+    judging: bool = True,
 ) -> dict[str, Any]:
-    """The document of `evomerge eval --json`; scores in the suite's own range."""
+    """The document of `evomerge eval --json`; scores in the suite's own range.
+
+    `judging` False leaves out what the judge took, so that the same evaluation done again has the
+    same document.
+    """
     judges = judge.servers if judge is not None and needs_judge(suite) else ()
     first = all_measured[0]
     return {
         "suite": name,
         "scorer": suite.scorer_name,
         "judge": ", ".join(server.name for server in judges) or None,
-        "models": [_model_json(one, first, suite) for one in all_measured],
+        "models": [_model_json(one, first, suite, judging) for one in all_measured],
     }
 
 
-def _model_json(one: Measured, first: Measured, suite: Suite) -> dict[str, Any]:
+def _model_json(one: Measured, first: Measured, suite: Suite, judging: bool) -> dict[str, Any]:
     parts, grades = by_category(one, suite), suite.grade_range
     against = None if one is first else difference(one, first)
+    took = {"judging": None if one.judging is None else asdict(one.judging)} if judging else {}
     return {
         "model": one.model,
         "score": one.score,
@@ -302,6 +354,7 @@ def _model_json(one: Measured, first: Measured, suite: Suite) -> dict[str, Any]:
         and {"to": against.to, "mean": against.mean, "interval": against.interval},
         "cut": one.cut,
         "gates": one.gates,
+        **took,
         "seconds": round(one.seconds, 3),
         "reason": one.reason,
     }
@@ -323,7 +376,17 @@ def _line(name: str, measured: Measured) -> str:
     return f"{name} | {', '.join(parts)} | score {score}"
 
 
-def _result(row: LedgerRow) -> TaskResult:
+def _usage(part: PartGrade) -> Usage | None:
+    if part.prompt_tokens is None or part.completion_tokens is None:
+        return None
+    return Usage(part.prompt_tokens, part.completion_tokens, part.cost)
+
+
+def _key_of(row: LedgerRow, part: PartGrade) -> tuple[object, ...]:
+    return row.task, part.scorer, part.turn, part.reply
+
+
+def _result(row: LedgerRow, paid: Mapping[tuple[object, ...], Usage]) -> TaskResult:
     return TaskResult(
         task_id=row.task,
         prompt=row.prompt,
@@ -334,7 +397,10 @@ def _result(row: LedgerRow) -> TaskResult:
         version=row.version,
         attempt=row.attempt,
         details=tuple(
-            ScorerGrade(part.scorer, part.grade, part.reply, turn=part.turn) for part in row.parts
+            ScorerGrade(
+                part.scorer, part.grade, part.reply, paid.get(_key_of(row, part)), part.turn
+            )
+            for part in row.parts
         ),
         gates=row.gates,
         earlier=row.earlier,
