@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from evomerge.merge.extract import Extraction
     from evomerge.report.reproduction import Reproduced
     from evomerge.report.results import Results
+    from evomerge.report.table import Row
     from evomerge.search.study import StudyConfig
 
 app = typer.Typer(
@@ -224,6 +225,9 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """What studies there are, or how one of them stands."""
+    from evomerge.report.certainty import certainty_lines
+    from evomerge.report.status import status_text, studies_text
+    from evomerge.report.table import held_out_words, outcome_rows, task_counts
     from evomerge.search.status import list_studies, study_status
 
     directory = storage_directory(storage)
@@ -232,10 +236,17 @@ def status(
         return
     if name is None:
         studies = list_studies(directory)
-        print(json.dumps({"studies": studies}, indent=2) if as_json else _studies_text(studies))
+        print(json.dumps({"studies": studies}, indent=2) if as_json else studies_text(studies))
         return
     found = study_status(directory, name)
-    print(json.dumps(found, indent=2) if as_json else _status_text(found))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(status_text(found))
+    if found["outcome"] is not None:
+        sentences = certainty_lines(found["outcome"])
+        words = held_out_words(found)
+        _show_outcome(outcome_rows(found), task_counts(found), words, sentences)
 
 
 @app.command()
@@ -254,7 +265,10 @@ def export(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a study's best recipe, or its model; the recipe to stdout where neither is named."""
+    """Write a study's best recipe, or its model.
+
+    The recipe goes to stdout where neither is named.
+    """
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.report.results import export_model
     from evomerge.search.status import trial_recipe
@@ -287,7 +301,10 @@ def merge(
     storage: InputsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Merge models as a mergekit YAML says, into a complete model folder."""
+    """Merge models as a mergekit YAML says.
+
+    The output is a complete model folder, with tokenizer, chat template and card.
+    """
     shard_bytes = parse_size(max_shard_size)
     from evomerge.recipe import read_recipe
 
@@ -330,7 +347,10 @@ def moe(
     storage: InputsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Build a mixture of experts from dense models, as a complete model folder."""
+    """Build a mixture of experts from dense models.
+
+    The output is a complete model folder, with tokenizer, chat template and card.
+    """
     shard_bytes = parse_size(max_shard_size)
     from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
@@ -374,7 +394,10 @@ def export_gguf(
     storage: StorageOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a model as one GGUF file for llama.cpp, tokenizer and chat template included."""
+    """Write a model as one GGUF file for llama.cpp.
+
+    Tokenizer and chat template are in it.
+    """
     from evomerge.merge.gguf import check_gguf_output, write_gguf
     from evomerge.merge.inputs import InputModels
 
@@ -414,7 +437,10 @@ def extract(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write what fine-tuning changed as a PEFT LoRA adapter, and how much of it that explains."""
+    """Write what fine-tuning changed as a LoRA adapter.
+
+    The adapter is PEFT's; how much of the change it explains is told.
+    """
     from evomerge.merge.extract import check_extraction, extract_lora
     from evomerge.merge.inputs import InputModels
 
@@ -469,7 +495,10 @@ def reproduce(
     as_json: JsonOption = False,
     trust_code: TrustOption = False,
 ) -> None:
-    """Build or search what a file describes, evaluate it, draw it, write its card and GGUF."""
+    """Build or search what a file describes, and evaluate it.
+
+    The result is evaluated beside its parents and drawn; its card and GGUF file are written.
+    """
     from evomerge.report.reproduction import is_mixture_file
 
     path = locate(file, "mixtures", "search_spaces")
@@ -680,14 +709,9 @@ def _refuse_input(out: Path, *references: str) -> None:
 
 
 def _print_results(results: Results) -> None:
-    from rich.console import Console
-
     from evomerge.report.results import time_split
-    from evomerge.report.table import outcome_table
 
-    Console().print(outcome_table(results.rows, results.tasks, results.held_out))
-    for line in results.certainty:
-        print(line)
+    _show_outcome(results.rows, results.tasks, results.held_out, results.certainty)
     for words, seconds, share in time_split(results.seconds):
         print(f"{words:<24} {seconds:8.1f} s {share:6.1%}")
     for what, path in (
@@ -696,6 +720,18 @@ def _print_results(results: Results) -> None:
         ("report", results.report),
     ):
         print(f"{what:<7} {_from_here(path)}")
+
+
+def _show_outcome(
+    rows: Sequence[Row], tasks: tuple[int, int], held_out: str, certainty: Sequence[str]
+) -> None:
+    """The table of a finished study, and how sure it is."""
+    from evomerge.report.screen import Screen
+    from evomerge.report.table import outcome_table
+
+    screen = Screen()
+    screen.show(outcome_table(rows, tasks, held_out))
+    screen.tell(certainty)
 
 
 def _from_here(path: Path) -> Path:
@@ -746,53 +782,3 @@ def _say_every(seconds: float, what: str) -> Callable[[int, int], None]:
             say(f"{done} of {total} {what}")
 
     return report
-
-
-def _studies_text(studies: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(map(_study_line, studies)) or "no studies yet"
-
-
-def _study_line(study: Mapping[str, Any]) -> str:
-    name_and_state = f"{study['study']:<32} {study['state']:<12}"
-    if study["state"] == "unreadable":
-        return f"{name_and_state} {study['reason'].splitlines()[0]}"
-    return f"{name_and_state} {study['trials']:>5} trials  best {_number(study['best'])}"
-
-
-def _status_text(found: Mapping[str, Any]) -> str:
-    best = found["best"]
-    lines = [
-        f"study   {found['study']}: {found['state']}",
-        f"trials  {len(found['trials'])}{_of_budget(found['budget'])}{_rest(found)}",
-        f"best    {_number(best and best['score'])}",
-    ]
-    if found["stopped"]:
-        lines.insert(1, f"stopped {found['stopped']}")
-    if best:
-        where = "" if best["number"] is None else f" {best['number']}"
-        lines[-1] += f" ({best['source']}{where})"
-        lines.append(f"recipe  {best['config']}")
-    for judge in found["judges"]:
-        tokens = judge["prompt_tokens"] + judge["completion_tokens"]
-        cost = "" if judge["cost"] is None else f", cost {judge['cost']:.2f}"
-        lines.append(f"judge   {judge['judge']}: {judge['calls']} calls, {tokens} tokens{cost}")
-    return "\n".join(lines)
-
-
-def _of_budget(budget: Mapping[str, Any]) -> str:
-    if budget["trials"] is not None:
-        return f" of {budget['trials']}"
-    return f" ({budget['spent']} of {budget['task_evaluations']} task evaluations)"
-
-
-def _rest(found: Mapping[str, Any]) -> str:
-    """Why a study ended below its budget, where that was too little for another generation."""
-    budget, generation = found["budget"], found["budget"]["population"] or 0
-    left = (budget["trials"] or 0) - len(found["trials"])
-    if found["state"] != "finished" or found["stopped"] or not 0 < left < generation:
-        return ""
-    return f" (the other {left} are no whole generation of {generation})"
-
-
-def _number(score: float | None) -> str:
-    return "–" if score is None else f"{score:.3f}"

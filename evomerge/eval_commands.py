@@ -94,7 +94,10 @@ def radar(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Draw a radar chart of a table: models, categories, error bars where the table has them."""
+    """Draw a radar chart of a table of scores.
+
+    Models and categories are the table's, and error bars where it has them.
+    """
     from evomerge.report.radar import check_charts, draw_radar
     from evomerge.report.radar_table import read_radar_table
 
@@ -122,18 +125,21 @@ def answers(
     as_json: JsonOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Show what a study's candidates answered, side by side, with grades and the judge's words.
+    """Show what a study's candidates answered.
+
+    Answers stand side by side, with grades and the judge's words.
 
     Without --trial and --task: base and winner on the screen, all answers in JSON and files.
     """
     from evomerge.report.answers import answer_panels, check_export, export_answers, row_to_json
-    from evomerge.search.answers import study_answers
+    from evomerge.search.answers import study_answers, study_titles
 
     if export is not None:
         check_export(export)
         refuse_existing_file(export, overwrite=overwrite)
     few = export is None and not as_json
-    rows = study_answers(storage_directory(storage), name, trial or (), task, few=few)
+    directory = storage_directory(storage)
+    rows = study_answers(directory, name, trial or (), task, few=few)
     if export is not None:
         export_answers(rows, export)
         say(f"{len(rows)} answers")
@@ -142,11 +148,10 @@ def answers(
         found = [row_to_json(row) for row in rows]
         print(json.dumps({"study": name, "answers": found}, indent=2, ensure_ascii=False))
     else:
-        from rich.console import Console
+        from evomerge.report.screen import Screen
 
-        console = Console()
-        for panel in answer_panels(rows):
-            console.print(panel)
+        titles = study_titles(directory, name)
+        Screen(page=True).show(*answer_panels(rows, titles))
 
 
 def compare(
@@ -156,22 +161,22 @@ def compare(
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the winners of two studies, paired on the tasks that both answered."""
+    """Compare the winners of two studies.
+
+    They are paired on the tasks that both answered.
+    """
     from evomerge.search.compare import compare_studies
 
     found = compare_studies(storage_directory(storage), first, second)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
-
     from evomerge.report.comparison import comparison_lines, comparison_table, tasks_table
+    from evomerge.report.screen import Screen
 
-    console = Console()
-    for table in (comparison_table(found), tasks_table(found)):
-        if table is not None:
-            console.print(table)
-    print("\n".join(comparison_lines(found)))
+    screen = Screen()
+    screen.show(comparison_table(found), tasks_table(found))
+    screen.tell(comparison_lines(found))
 
 
 def show_importance(storage: Path, name: str | None, *, as_json: bool) -> None:
@@ -187,15 +192,12 @@ def show_importance(storage: Path, name: str | None, *, as_json: bool) -> None:
         document = {**study_status(storage, name), "importance": found}
         print(json.dumps(document, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
-
     from evomerge.report.importance import importance_lines, importance_table, sums_table
+    from evomerge.report.screen import Screen
 
-    console = Console()
-    console.print(importance_table(found))
-    if (table := sums_table(found)) is not None:
-        console.print(table)
-    print("\n".join(importance_lines(found)))
+    screen = Screen()
+    screen.show(importance_table(found), sums_table(found))
+    screen.tell(importance_lines(found))
 
 
 def answer(
@@ -262,7 +264,10 @@ def answer(
     storage: StorageOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Answer tasks with a model into a JSONL file; killed, the same command goes on."""
+    """Answer tasks with a model into a JSONL file.
+
+    After a kill the same command goes on.
+    """
     from evomerge.engine.base import GenerationSettings
     from evomerge.evaluate.answering import (
         Answers,
@@ -358,7 +363,10 @@ def eval_(
     as_json: JsonOption = False,
     trust_code: TrustOption = False,
 ) -> None:
-    """Evaluate models side by side, paired task by task against the first one."""
+    """Evaluate models side by side.
+
+    Each is compared with the first one, paired task by task.
+    """
     from evomerge.evaluate.graders import check_graders, needs_judge
     from evomerge.report.radar import check_charts, draw_radar
     from evomerge.report.side_by_side import (
@@ -452,15 +460,12 @@ def _contestants(models: Sequence[str], inputs: InputModels) -> list[Contestant]
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
+    from evomerge.report.screen import Screen
     from evomerge.report.side_by_side import categories_table, evaluation_notes, evaluation_table
 
-    console = Console()
-    for table in (evaluation_table(found), categories_table(found)):
-        if table is not None:
-            console.print(table)
-    print("\n".join(evaluation_notes(found)))
+    screen = Screen()
+    screen.show(evaluation_table(found), categories_table(found))
+    screen.tell(evaluation_notes(found))
 
 
 def _answer_all(

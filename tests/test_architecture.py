@@ -66,9 +66,9 @@ LIBRARIES: dict[str, set[str]] = {
     "peft": set(),
     "pyarrow": {"evaluate/tables.py"},
     "rich": {
-        *("cli.py", "eval_commands.py", "report/comparison.py", "report/importance.py"),
+        *("cli.py", "report/comparison.py", "report/importance.py", "report/screen.py"),
         *("report/bar.py", "report/merge_display.py", "report/progress.py", "report/table.py"),
-        *("report/answers.py", "report/side_by_side.py"),
+        *("report/answers.py", "report/side_by_side.py", "report/radar.py"),
     },
     "sacrebleu": {"evaluate/scorers.py"},
     "safetensors": {"merge/checkpoint.py"},

@@ -19,10 +19,11 @@ import pytest
 import torch
 import yaml
 
-from evomerge.cli import _status_text, main, parse_size
+from evomerge.cli import main, parse_size
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
 from evomerge.recipe import read_recipe
+from evomerge.report.status import status_text
 from evomerge.search.events import opened, stopped
 from evomerge.search.log import EventLog
 from tests import tiny
@@ -299,6 +300,14 @@ def test_a_study_is_read_on_a_read_only_disk(finished: Finished) -> None:
     assert ran.stdout.split()[:3] == ["tiny", "finished", "4"]
 
 
+def test_the_status_of_a_finished_study_has_its_table_and_verdict(finished: Finished) -> None:
+    shown = run("status", "tiny", "--storage", finished.storage).out
+    status = json.loads(run("status", "tiny", "--storage", finished.storage, "--json").out)
+    assert status["tasks"] == {"search": 2, "holdout": 2, "holdout_suite": None}
+    words = ("tiny: finished", "report.md", "search (2 tasks)", "evolved merge")
+    assert [each for each in (*words, status["outcome"]["verdict"]) if each not in shown] == []
+
+
 def test_the_status_says_why_a_study_stopped(finished: Finished, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage)
@@ -327,7 +336,7 @@ def test_the_status_says_why_a_study_ended_below_its_budget(
     assert population > 1
     for more, told in ((population - 1, True), (population, False), (0, False)):
         found["budget"]["trials"] = trials + more
-        (line,) = [one for one in _status_text(found).splitlines() if one.startswith("trials")]
+        (line,) = [one for one in status_text(found).splitlines() if one.startswith("trials")]
         assert ("no whole generation" in line) == told, line
 
 

@@ -159,12 +159,14 @@ def test_tables_markdown_and_a_radar_chart_with_error_bars(here: Path) -> None:
     command = ("eval", "a", "b", "--suite", "suite.yaml", "--markdown", "t.md", *OPTIONS)
     ran = run(*command, "--radar", "r.png", "--radar", "r.svg")
     assert ran.status == 0, ran.err
-    assert all(word in ran.out for word in ("less a", "By category", "数学", "95 % bootstrap"))
+    assert all(
+        word in ran.out for word in ("are to a, paired", "By category", "数学", "95 % bootstrap")
+    )
     assert (here / "r.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (here / "r.svg").read_bytes()
     lines = (here / "t.md").read_text("utf-8").splitlines()
-    assert lines[0] == "Suite: suite.yaml (exact)"
-    assert lines[4].startswith("| a | 1.000 [1.00, 1.00] | – | 9 | 0 |")
+    assert lines[0] == "Suite: suite.yaml. Mean grade on 9 tasks (exact)."
+    assert lines[4] == "| a | 1.000 [1.00, 1.00] | – |"
     assert "| model | 数学 | math | code |" in lines
     refused = run(*command)
     assert refused.status == 2

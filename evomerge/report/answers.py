@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ from evomerge.report.table import score_text
 
 # More columns of text than these cannot be read beside each other.
 _BESIDE = 3
+_NAMES = 20  # the most columns of candidates' names: the answers are what is read
 _FORMATS = (".parquet", ".csv")
 
 
-def answer_panels(rows: Sequence[LedgerRow]) -> Iterator[RenderableType]:
-    """For each task what was asked, then what each candidate answered and got for it."""
+def answer_panels(rows: Sequence[LedgerRow], titles: Mapping[str, str]) -> Iterator[RenderableType]:
+    """For each task what was asked, then what each candidate answered and got for it.
+
+    `titles`: the candidates that a reader knows by another name.
+    """
     by_task: dict[str, list[LedgerRow]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
@@ -31,7 +35,8 @@ def answer_panels(rows: Sequence[LedgerRow]) -> Iterator[RenderableType]:
         prompts = dict.fromkeys(row.prompt for row in some)
         for prompt in prompts:
             yield Panel(Text(prompt.strip()), title=Text(f"task {task}"), title_align="left")
-        yield _beside(some) if len(some) <= _BESIDE else _below(some)
+        names = [_name(row, titles) for row in some]
+        yield _beside(some, names) if len(some) <= _BESIDE else _below(some, names)
 
 
 def row_to_json(row: LedgerRow) -> dict[str, Any]:
@@ -108,26 +113,29 @@ def _trial(row: LedgerRow) -> int | None:
     return int(number) if word == "trial" else None
 
 
-def _beside(rows: Sequence[LedgerRow]) -> Table:
+def _beside(rows: Sequence[LedgerRow], names: Sequence[str]) -> Table:
     table = Table(show_lines=True, expand=True)
-    for row in rows:
-        table.add_column(Text(_name(row)), ratio=1)
+    for name in names:
+        table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*(_answer(row) for row in rows))
     table.add_row(*(_grade(row) for row in rows))
     return table
 
 
-def _below(rows: Sequence[LedgerRow]) -> Table:
+def _below(rows: Sequence[LedgerRow], names: Sequence[str]) -> Table:
     table = Table(show_lines=True, expand=True)
-    for heading, ratio in (("candidate", 1), ("answer", 4), ("grade", 3)):
-        table.add_column(heading, ratio=ratio)
-    for row in rows:
-        table.add_row(Text(_name(row)), _answer(row), _grade(row))
+    table.add_column("candidate", overflow="fold", min_width=len("candidate"), max_width=_NAMES)
+    table.add_column("answer", overflow="fold", ratio=4)
+    has_words = any(part.reply for row in rows for part in row.parts)
+    table.add_column("grade", overflow="fold", ratio=3 if has_words else None)
+    for row, name in zip(rows, names, strict=True):
+        table.add_row(Text(name), _answer(row), _grade(row))
     return table
 
 
-def _name(row: LedgerRow) -> str:
-    return f"{row.candidate}, attempt {row.attempt}" if row.attempt else row.candidate
+def _name(row: LedgerRow, titles: Mapping[str, str]) -> str:
+    name = titles.get(row.candidate, row.candidate)
+    return f"{name}, attempt {row.attempt}" if row.attempt else name
 
 
 def _answer(row: LedgerRow) -> Text:

@@ -66,8 +66,8 @@ def _optimism(found: Mapping[str, Any]) -> str:
     return (
         f"The best value that the search saw was {found['observed']:.3f} ({found['candidate']}); "
         f"measured afresh that candidate scores {found['fresh']:.3f}. The difference, "
-        f"{found['difference']:+.3f}, is the luck of the best of many, and what sampled answers "
-        "differ from greedy ones."
+        f"{found['difference']:+.3f}, is the luck of the best of many, and what sampling changes: "
+        "the search's answers are greedy."
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from evomerge.report.status import which
 from evomerge.report.table import score_text
 
 # As many of the tasks that differ most as a screen has room for beside the rest.
@@ -26,7 +27,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     table = Table(title="Mean grade on shared tasks", title_justify="left")
     table.add_column("tasks")
     for heading in ("number", first, second, "difference", "95 % interval"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, row in _rows(found):
         table.add_row(name, *_cells(row))
     return table
@@ -40,9 +41,9 @@ def tasks_table(found: Mapping[str, Any]) -> Table | None:
         return None
     table = Table(title="Tasks that differ most", title_justify="left")
     for heading in ("task", "category"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in (first, second, "difference"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for task in differing[:_TASKS_SHOWN]:
         scores = (score_text(task["first"]), score_text(task["second"]))
         table.add_row(task["task"], task["category"] or "–", *scores, _signed(task["difference"]))
@@ -77,8 +78,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _winner(side: Mapping[str, Any]) -> str:
     winner = side["winner"]
-    which = winner["source"] if winner["number"] is None else f"trial {winner['number']}"
-    return f"{side['study']}: {'winner' if side['state'] == 'finished' else 'best so far'} {which}"
+    leads = "the winner is" if side["state"] == "finished" else "the best so far is"
+    return f"{side['study']}: {leads} {which(winner['source'], winner['number'])}"
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ _TITLES = {"layers": "layers", "model": "model", "group": "tensor group"}
 def importance_table(found: Mapping[str, Any]) -> Table:
     """A row per gene, in the order of the genome."""
     table = Table(title="What the genes do", title_justify="left")
-    table.add_column("gene")
+    table.add_column("gene", overflow="fold")
     for heading in ("importance", "effect", "best quarter", "all"):
         table.add_column(heading, justify="right", no_wrap=True)
     for gene in found["genes"]:
@@ -35,11 +36,12 @@ def sums_table(found: Mapping[str, Any]) -> Table | None:
     if not sums:
         return None
     table = Table(title="Importance together", title_justify="left")
-    table.add_column("")
+    table.add_column("genes of", overflow="fold")
     table.add_column("importance", no_wrap=True)
     for key, by_name in sums.items():
         for name, share in by_name.items():
             table.add_row(f"{_TITLES[key]} {name}", _bar(share, max(by_name.values())))
+        table.add_section()  # slices, models and groups each are all of the genes
     return table
 
 
@@ -47,7 +49,7 @@ def importance_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """What the numbers rest on and how to read them, a sentence each."""
     yield (
         f"from {found['candidates']} scored trials; importance by {found['method']}: how "
-        f"differently the best {found['best_quarter']} are spread from all (shares of 1)"
+        f"differently the best {found['best_quarter']} are spread from all; shares sum to 100 %"
     )
     yield (
         "effect: change of the score per standard deviation of the gene, in a linear model that "
@@ -69,4 +71,7 @@ def _bar(share: float, largest: float) -> str:
 
 
 def _spread(part: Mapping[str, float]) -> str:
-    return f"{part['mean']:.3g} ± {part['spread']:.2g}"
+    """`0.276 ± 0.099`: two digits of the spread that count, and as many places of the mean."""
+    spread = part["spread"]
+    places = max(1 - math.floor(math.log10(spread)), 0) if spread > 0 else 3
+    return f"{part['mean']:.{places}f} ± {spread:.{places}f}"

@@ -37,7 +37,9 @@ class SearchDisplay:
 
     def __call__(self, story: Story) -> None:
         """Tells one story: a line, and the bar moved where a trial ended."""
-        self._console.print(story.line, markup=False, highlight=False, soft_wrap=True)
+        # A terminal's lines are broken between words, never within a number.
+        log = not self._console.is_terminal
+        self._console.print(story.line, markup=False, highlight=False, soft_wrap=log)
         if isinstance(story, Started) and self._console.is_terminal:
             self._start(story)
         if isinstance(story, Measured) and self._bar is not None:

@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.text import Text
+
 from evomerge.errors import ConfigError, OutputExistsError
 from evomerge.report.radar_table import RadarLine, RadarTable
 
@@ -25,9 +28,12 @@ _KINDS = (".png", ".svg", ".pdf")
 # Tops of scales that scores are usually on; above them, the next round number.
 _TOPS = (1.0, 5.0, 10.0, 100.0)
 _JAPANESE_PACKAGE, _JAPANESE_FONT = "matplotlib_fontja", "fonts/ipaexg.ttf"
+# A category's name is broken there, so that the circle keeps its size; a model's in the legend.
+_CATEGORY_WIDTH, _MODEL_WIDTH = 16, 48
 # Where several models have error bars these stand side by side, this share of the radius apart.
 _BESIDE = 0.022
 _WIDEST_SHIFT = 0.2  # radians, near the middle
+_ABOVE = 100  # of all lines
 _MOST_FILLED = 2  # more areas on top of each other are mud
 _SETTINGS: Any = {
     "font.family": ["DejaVu Sans", "IPAexGothic"],
@@ -125,11 +131,16 @@ def radar_figure(table: RadarTable, low: float, high: float, title: str | None =
     if title:
         figure.suptitle(title, fontsize=14)
     handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc="outside lower center", frameon=False, handlelength=4
+    has_bars = any(interval for line in table.lines for interval in line.intervals)
+    explained = [table.measure, "bars: 95 % intervals" if has_bars else ""]
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        frameon=False,
+        handlelength=4,
+        title="; ".join(filter(None, explained)) or None,
     )
-    if any(interval for line in table.lines for interval in line.intervals):
-        legend.set_title("bars: 95 % intervals")
     return figure
 
 
@@ -139,18 +150,26 @@ def _draw_grid(axes: Any, categories: Sequence[str], low: float, high: float) ->
     axes.set_theta_direction(-1)
     axes.set_ylim(low, high)
     angles = _angles(len(categories))
-    axes.set_xticks(angles, categories, fontsize=11)
+    names = [_broken(name, _CATEGORY_WIDTH) for name in categories]
+    axes.set_xticks(angles, names, fontsize=11)
     for angle, label in zip(angles, axes.get_xticklabels(), strict=True):
         side = math.sin(angle)
         label.set_horizontalalignment(
             "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
         )
     rings = [low + (high - low) * step / 5 for step in range(1, 6)]
-    names = [f"{ring:g}" for ring in rings]
-    axes.set_yticks(rings, names, fontsize=8, color="#555555")
-    for label in axes.get_yticklabels():
-        label.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6})
-    axes.set_rlabel_position(math.degrees(angles[1]) / 2)
+    axes.set_yticks(rings, [""] * len(rings))
+    for ring in rings:  # above the lines, which would strike them through
+        axes.annotate(
+            f"{ring:g}",
+            (angles[1] / 2, ring),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="#555555",
+            zorder=_ABOVE,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
+        )
     axes.grid(color="#cccccc", linewidth=0.7)
     axes.spines["polar"].set_color("#999999")
 
@@ -209,11 +228,16 @@ def _draw_interval(axes: Any, angle: float, ends: Sequence[float], colour: str) 
 
 
 def _label(line: RadarLine) -> str:
-    text = f"{line.model}   mean {line.mean:.3f}"
+    text = f"{_broken(line.model, _MODEL_WIDTH)}   mean {line.mean:.3f}"
     if line.mean_interval is None:
         return text
     low, high = line.mean_interval
     return f"{text} [{low:.2f}, {high:.2f}]"
+
+
+def _broken(name: str, width: int) -> str:
+    """`name` in lines of at most `width` columns, of which a Japanese letter takes two."""
+    return "\n".join(line.plain.rstrip() for line in Text(name).wrap(Console(), width))
 
 
 def _angles(count: int) -> list[float]:
@@ -224,7 +248,10 @@ def _bytes_of(figure: Figure, kind: str) -> bytes:
     content = io.BytesIO()
     # Without a date the same table gives the same bytes.
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    figure.savefig(content, format=kind, metadata=dated.get(kind))
+    # Tight: whatever the longest name is, it is in the picture.
+    figure.savefig(
+        content, format=kind, metadata=dated.get(kind), bbox_inches="tight", pad_inches=0.15
+    )
     return content.getvalue()
 
 

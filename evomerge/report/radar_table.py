@@ -39,10 +39,14 @@ class RadarLine:
 
 @dataclass(frozen=True)
 class RadarTable:
-    """What a radar chart shows: at least three categories, at least one model."""
+    """What a radar chart shows: at least three categories, at least one model.
+
+    `measure` says what the scores are, where that is known.
+    """
 
     categories: tuple[str, ...]
     lines: tuple[RadarLine, ...]
+    measure: str = ""
 
     def check(self, where: str) -> None:
         """Raises ConfigError, beginning with `where`, where no chart can be drawn of it."""

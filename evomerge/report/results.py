@@ -15,24 +15,22 @@ from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_a
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
 from evomerge.report.certainty import certainty_lines, certainty_markdown
-from evomerge.report.table import HELD_OUT, Row, outcome_markdown, outcome_rows, score_text
+from evomerge.report.status import REPORT_FILE, which
+from evomerge.report.table import (
+    Row,
+    held_out_words,
+    outcome_markdown,
+    outcome_rows,
+    score_text,
+    task_counts,
+)
 from evomerge.search.log import begun_with
-from evomerge.search.status import BEST_FILE, Source, study_status, trial_recipe
+from evomerge.search.status import BEST_FILE, study_status, trial_recipe
 from evomerge.search.storage import held, open_log, write_whole
 from evomerge.search.study import study_directory
 from evomerge.search.timing import overhead_share
 
 MODEL_FOLDER = "model"
-REPORT_FILE = "report.md"
-
-# Of winners that are no trials.
-_SOURCES: dict[Source, str] = {
-    "mean": "a mean of the distribution that candidates were drawn from",
-    "peak": "where a Gaussian process over all candidates is highest",
-    "model": "one of the models, as it is",
-    "uniform": "a uniform merge",
-    "warm start": "one of the merges that the search was given to start from",
-}
 
 _KINDS = {
     "engine": "starting the engine",
@@ -105,8 +103,8 @@ def _write_results(storage: Path, name: str, say: Callable[[str], None]) -> Resu
         model=model,
         report=directory / REPORT_FILE,
         rows=outcome_rows(status),
-        tasks=(len(begun["search_tasks"]), len(begun["holdout_tasks"])),
-        held_out=_held_out(begun["study"].get("holdout")),
+        tasks=task_counts(status),
+        held_out=held_out_words(status),
         seconds=status["seconds"],
         certainty=certainty_lines(status["outcome"]),
     )
@@ -131,13 +129,6 @@ def _begun(storage: Path, name: str) -> Mapping[str, Any]:
         raise ConfigError(f"{storage}: there is no study {name}")
     with contextlib.closing(log):
         return begun_with(log)
-
-
-def _held_out(holdout: object) -> str:
-    """What the held-out tasks are called: by their suite, where it is another one."""
-    if isinstance(holdout, str):
-        return f"{HELD_OUT}: {Path(holdout).stem}"
-    return f"{HELD_OUT}: another suite" if isinstance(holdout, Mapping) else HELD_OUT
 
 
 def _known_models(storage: Path, begun: Mapping[str, Any]) -> dict[str, CardModel]:
@@ -201,15 +192,29 @@ def _summary(status: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
     models = ", ".join(f"`{name}`" for name in study["models"])
     space = study["genome"] if study.get("genome") else study["search_space"]
     best = status["best"]
-    winner = f"trial {best['number']}" if best["source"] == "trial" else _SOURCES[best["source"]]
     failed = sum(trial["state"] == "failed" for trial in status["trials"])
     lines = [
         f"{space['merge_method']} of {models} over `{study['base_model']}`, "
         f"{len(status['trials'])} trials ({failed} failed) in generations of "
         f"{begun['population']}, seed {study['sampler']['seed']}.",
-        f"The winner is {winner}.",
+        f"Answers came from {begun['fingerprint']['engine.name']} in {begun['space']['dtype']} and "
+        f"were graded {_graded(study['suite'])}.",
+        f"The winner is {which(best['source'], best['number'])}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _graded(suite: str | Mapping[str, Any]) -> str:
+    """How the answers of a study's suite are graded, to stand behind "were graded"."""
+    if isinstance(suite, str):
+        return f"as `{suite}` says"
+    if suite.get("harness"):
+        return "by lm-evaluation-harness"
+    scorer = suite.get("scorer")
+    if scorer is None:
+        return f"as `{suite['like']}` says"
+    names = [scorer] if isinstance(scorer, str) else list(scorer)
+    return "by " + " and ".join(f"`{name}`" for name in names)
 
 
 def _caution(tasks: tuple[int, int]) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from evomerge.errors import ConfigError
 from evomerge.report.radar_table import RadarLine, RadarTable
-from evomerge.report.table import score_text
+from evomerge.report.table import score_text, short_names
+
+# Of a column of scores: below it they would be broken.
+_LEAST_WIDTH = len("0.000")
 
 
 def evaluation_table(found: Mapping[str, Any]) -> Table:
     """The document of `eval --json` as a table: a row for each model."""
-    table = Table(title=f"Mean grade ({_graded_by(found)})", title_justify="left")
+    table = Table(title=_title(found), title_justify="left")
     for number, heading in enumerate(_headings(found)):
-        # A model's name is told whole: hub names differ at their ends.
-        justify: Literal["left", "right"] = "right" if number else "left"
-        table.add_column(heading, justify=justify, overflow="ellipsis" if number else "fold")
+        # A model's name is told whole: hub names differ at their ends. A number is never broken.
+        table.add_column(
+            heading,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number > 0,
+        )
     for row in _rows(found):
         table.add_row(*row)
     return table
@@ -30,9 +37,9 @@ def categories_table(found: Mapping[str, Any]) -> Table | None:
     if len(categories) < 2:
         return None
     table = Table(title="By category", title_justify="left")
-    table.add_column("category")
-    for row in found["models"]:
-        table.add_column(row["model"], justify="right")
+    table.add_column("category", overflow="fold")
+    for name in short_names([row["model"] for row in found["models"]]):
+        table.add_column(name, justify="right", overflow="fold", min_width=_LEAST_WIDTH)
     for name in categories:
         means = (score_text(row["categories"].get(name)) for row in found["models"])
         table.add_row(name, *means)
@@ -51,9 +58,8 @@ def evaluation_markdown(found: Mapping[str, Any]) -> str:
         )
         by_category = f"\n{_markdown(['model', *categories], rows)}"
     notes = "".join(f"\n* {note}" for note in evaluation_notes(found))
-    return f"Suite: {found['suite']} ({_graded_by(found)})\n\n{scores}{by_category}" + (
-        f"{notes}\n" if notes else ""
-    )
+    heading = f"Suite: {found['suite']}. {_title(found)}."
+    return f"{heading}\n\n{scores}{by_category}{notes}\n"
 
 
 def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
@@ -62,6 +68,9 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
         "In brackets: 95 % bootstrap intervals over the tasks; those of scores end where the "
         "suite's grades do."
     ]
+    if len(found["models"]) > 1:
+        first = found["models"][0]["model"]
+        notes.append(f"Differences are to {first}, paired task by task.")
     for row in found["models"]:
         if row["reason"] is not None:
             notes.append(f"{row['model']} failed: {row['reason']}")
@@ -108,7 +117,7 @@ def evaluation_radar(found: Mapping[str, Any]) -> RadarTable:
         for row in found["models"]
         if row["score"] is not None
     )
-    table = RadarTable(categories, lines)
+    table = RadarTable(categories, lines, measure=f"mean grade ({_graded_by(found)})")
     table.check("--radar")
     return table
 
@@ -123,30 +132,43 @@ def check_radar_categories(categories: Iterable[str]) -> None:
         )
 
 
+def _title(found: Mapping[str, Any]) -> str:
+    """What the scores are, and on how many tasks where all models have as many."""
+    counts = {row["tasks"] for row in found["models"]}
+    where = "" if _counts_differ(found) else f" on {counts.pop()} tasks"
+    return f"Mean grade{where} ({_graded_by(found)})"
+
+
 def _graded_by(found: Mapping[str, Any]) -> str:
     return str(found["scorer"]) + (f": {found['judge']}" if found["judge"] else "")
 
 
+def _counts_differ(found: Mapping[str, Any]) -> bool:
+    """Whether models have other numbers of tasks than each other, or unscored answers."""
+    return len({(row["tasks"] - row["unscored"]) for row in found["models"]}) > 1 or any(
+        row["unscored"] for row in found["models"]
+    )
+
+
 def _headings(found: Mapping[str, Any]) -> list[str]:
-    first = found["models"][0]["model"]
-    against = [f"less {first}, paired"] if len(found["models"]) > 1 else []
-    return ["model", "score", *against, "tasks", "unscored"]
+    against = ["difference"] if len(found["models"]) > 1 else []
+    counts = ["tasks", "unscored"] if _counts_differ(found) else []
+    return ["model", "score", *against, *counts]
 
 
-def _rows(found: Mapping[str, Any]) -> list[list[str]]:
-    return [_row(row, alone=len(found["models"]) == 1) for row in found["models"]]
+def _rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    alone, counted = len(found["models"]) == 1, _counts_differ(found)
+    for row in found["models"]:
+        cells = [row["model"], _with_interval(score_text(row["score"]), row["interval"])]
+        if not alone:
+            cells.append(_difference(row["difference"]))
+        yield [*cells, str(row["tasks"]), str(row["unscored"])] if counted else cells
 
 
-def _row(row: Mapping[str, Any], *, alone: bool) -> list[str]:
-    cells = [row["model"], _with_interval(score_text(row["score"]), row["interval"])]
-    if not alone:
-        against = row["difference"]
-        cells.append(
-            "–"
-            if against is None
-            else _with_interval(f"{against['mean']:+.3f}", against["interval"], sign="+")
-        )
-    return [*cells, str(row["tasks"]), str(row["unscored"])]
+def _difference(against: Mapping[str, Any] | None) -> str:
+    if against is None:
+        return "–"
+    return _with_interval(f"{against['mean']:+.3f}", against["interval"], sign="+")
 
 
 def _with_interval(number: str, interval: Sequence[float] | None, *, sign: str = "") -> str:

@@ -43,15 +43,26 @@ def _best_uniform(search: Mapping[str, Any], holdout: Mapping[str, Any]) -> list
     return [Row(name, best["score"], holdout.get("uniform_best", {}).get("score"))]
 
 
+def task_counts(status: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tasks a finished study searched on, and how many it held out."""
+    return status["tasks"]["search"], status["tasks"]["holdout"]
+
+
+def held_out_words(status: Mapping[str, Any]) -> str:
+    """What the held-out tasks are called: by their suite, where it is another one."""
+    suite = status["tasks"]["holdout_suite"]
+    return HELD_OUT if suite is None else f"{HELD_OUT}: {suite}"
+
+
 def outcome_table(rows: Sequence[Row], tasks: tuple[int, int], held_out: str = HELD_OUT) -> Table:
     """The rows for a terminal; `tasks` are the numbers of search and of held-out tasks.
 
     `held_out` is what the latter are called.
     """
     table = Table(title="Mean grade", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for heading in _headings(tasks, held_out):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         style = "bold" if row is rows[-1] else None
         table.add_row(row.model, *_cells(row, tasks), style=style)
@@ -83,3 +94,13 @@ def _cells(row: Row, tasks: tuple[int, int]) -> list[str]:
 def score_text(score: float | None) -> str:
     """A score for readers; a dash where there is none."""
     return "–" if score is None else f"{score:.3f}"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Each name's last parts between slashes, as few as tell all of them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for count in range(1, max(map(len, parts), default=0)):
+        short = ["/".join(some[-count:]) for some in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)

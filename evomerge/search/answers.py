@@ -9,7 +9,7 @@ from pathlib import Path
 from evomerge.database import can_be_read
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.ledger_query import LedgerRow
-from evomerge.search.candidates import BASE
+from evomerge.search.candidates import BASE, candidate_titles
 from evomerge.search.log import EventLog, begun_with, trial_label
 from evomerge.search.status import best_so_far, existing_log
 
@@ -31,6 +31,13 @@ def study_answers(
         _check_trials(log, trials)
         _check_task(log, task)
         return log.rows(_candidates(log, trials, task, few), None if task is None else [task])
+
+
+def study_titles(storage: Path, name: str) -> dict[str, str]:
+    """The candidates of study `name` that its file has a name for: the log's name -> the file's."""
+    with contextlib.closing(existing_log(storage, name)) as log:
+        study = begun_with(log)["study"]
+    return candidate_titles(study["models"], study.get("warm_start", ()))
 
 
 def _candidates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,14 @@ def model_label(index: int) -> str:
 def warm_label(number: int) -> str:
     """The candidate name of entry `number` of a study's `warm_start:`."""
     return f"{WARM} {number}"
+
+
+def candidate_titles(models: Sequence[str], warm_start: Sequence[str]) -> dict[str, str]:
+    """The candidates that a study's file has a name for: the log's name -> the file's."""
+    return {
+        **{model_label(index): name for index, name in enumerate(models)},
+        **{warm_label(index): name for index, name in enumerate(warm_start)},
+    }
 
 
 def uniform_label(scale: float) -> str:

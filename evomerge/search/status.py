@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -156,6 +156,7 @@ def status_of(log: EventLog, storage: Path, name: str) -> dict[str, Any]:
             "config": str(directory / BEST_FILE),
         },
         "outcome": outcome_of(history),
+        "tasks": _tasks(history),
         "budget": {
             "trials": opened.get("trials"),
             "task_evaluations": opened.get("task_evaluations"),
@@ -167,6 +168,19 @@ def status_of(log: EventLog, storage: Path, name: str) -> dict[str, Any]:
         "judges": [asdict(usage) for usage in log.judge_usage()],
         "gates": _gates(log, best),
     }
+
+
+def _tasks(history: History) -> dict[str, Any] | None:
+    """How many tasks the search has, and how many are held out of it; None before it began.
+
+    `holdout_suite`: what the suite is called that the latter come from; None for the search's own.
+    """
+    if history.begun is None:
+        return None
+    counts = {part: len(history.begun[f"{part}_tasks"]) for part in ("search", "holdout")}
+    suite = history.begun["study"].get("holdout")
+    named = Path(suite).stem if isinstance(suite, str) else "another suite"
+    return {**counts, "holdout_suite": named if isinstance(suite, str | Mapping) else None}
 
 
 def _gates(log: EventLog, best: Best | None) -> dict[str, Any]:

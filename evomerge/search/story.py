@@ -77,10 +77,10 @@ class Measured:
         """The event as one line of the run's story."""
         name = self.title if self.generation is None else f"{self.title} gen {self.generation}"
         name += _PARTS[self.part]
-        ended = f"failed: {self.reason}" if self.score is None else f"score {self.score:.4g}"
+        ended = f"failed: {self.reason}" if self.score is None else f"score {self.score:.3f}"
         parts = [name, *self._work(), ended]
         if self.best_score is not None and self.number is not None:
-            parts.append(f"best {self.best_score:.4g} (#{self.best_number})")
+            parts.append(f"best {self.best_score:.3f} (#{self.best_number})")
         return " | ".join(parts)
 
     def _work(self) -> list[str]:

@@ -148,6 +148,29 @@ def test_intervals_are_bars_along_the_spokes() -> None:
     assert [list(bar.get_ydata()) for bar in bars] == [[0.5, 1.5], [2.0, 4.0]]
 
 
+def test_long_names_are_broken_and_leave_the_circle_its_size(tmp_path: Path) -> None:
+    model, category = "名前-" * 30, "a very long name of a category of somebody"
+    table = RadarTable(
+        (category, *JAPANESE.categories),
+        (RadarLine(model, (1.0, 2.0, 3.0, 4.0), (None,) * 4, 2.5),),
+        measure="mean grade (exact)",
+    )
+    paths = tmp_path / "long.png", tmp_path / "short.png"
+    assert draw_radar(table, paths[:1]) == []
+    draw_radar(JAPANESE, paths[1:])
+    figure = radar_figure(table, 0, 5)
+    (legend,) = figure.legends
+    (label,) = (text.get_text() for text in legend.get_texts())
+    assert label.replace("\n", "").startswith(model)
+    assert max(map(len, label.split("   ")[0].splitlines())) <= 32  # of 48 columns
+    assert legend.get_title().get_text() == "mean grade (exact)"
+    names = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert names[0].split() == category.split()
+    assert max(map(len, names[0].splitlines())) <= 16
+    (width, _), (plain, _) = (struct.unpack(">II", path.read_bytes()[16:24]) for path in paths)
+    assert width == pytest.approx(plain, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("scores", "ends"),
     [((0.2, 0.9, 1.0), (0, 1)), ((3, 4, 5), (0, 5)), ((7, 7, 7), (0, 10)), ((3, 230, 4), (0, 300))],

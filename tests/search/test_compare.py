@@ -130,7 +130,7 @@ def test_the_command_prints_a_table_or_one_document(searched: Callable[..., Path
     assert (ran.status, ran.err) == (0, "")
     assert "held out in both" in ran.out
     assert "one is better than two" in ran.out
-    assert "one: winner trial" in ran.out
+    assert "one: the winner is " in ran.out
     document = json.loads(run("compare", "one", "two", "--storage", storage, "--json").out)
     assert document == compare_studies(storage, "one", "two")
     assert run("compare", "one", "none", "--storage", storage).status == 2

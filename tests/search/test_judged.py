@@ -203,7 +203,9 @@ def test_answers_are_shown_and_written_with_the_judges_words(
     assert "trial 2" in page
     assert "its characters" in page
     assert main([*command, "--task", wanted["task"]]) == 0
-    assert "trial 2" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "trial 2" in page
+    assert "model 0" not in page, "a model is called as the study calls it"
 
     for file in ("all.parquet", "all.csv"):
         assert main([*command, "--export", str(tmp_path / file)]) == 0
