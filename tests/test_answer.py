@@ -93,8 +93,8 @@ def test_a_workbook_of_examples_gives_each_task_its_prompt_and_settings(here: Pa
     ]
     routes = rows_of(here / "routes.jsonl")
     assert [(one["task_id"], one["how"], one["row"]) for one in routes] == [
-        (0, "example", "table.xlsx:2"),
-        (1, "default", "table.xlsx:3"),
+        (0, "example", "table.xlsx, sheet row 2"),
+        (1, "default", "table.xlsx, sheet row 3"),
     ]
 
 

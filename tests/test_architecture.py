@@ -60,7 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "huggingface_hub": {"evaluate/hub.py", "merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "openai": {"evaluate/judge_client.py"},
-    "openpyxl": {"evaluate/tables.py", "evaluate/text_table.py"},
+    "openpyxl": {"evaluate/tables.py"},
     "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
     "pandas": {"report/answers.py"},
     "peft": set(),

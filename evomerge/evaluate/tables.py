@@ -5,15 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ConfigError, nearest, shown
+from evomerge.errors import ConfigError, nearest, reason_of, shown
+
+if TYPE_CHECKING:
+    from openpyxl.cell.cell import Cell, MergedCell
+    from openpyxl.worksheet.worksheet import Worksheet
 
 # What texts are often written in here beside UTF-8; the first that fits is named, none is guessed.
 _OTHER_ENCODINGS = ("cp932", "euc_jp", "utf-16")
+
+
+# How Excel writes what XML cannot hold: a carriage return of Windows is _x000D_.
+_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+
+WORKBOOKS = (".xlsx", ".xlsm")
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell that cannot be read as it is meant; `reason` says where and why, once it is needed."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,8 @@ class Row:
     """One row: where it stands (for messages), its number, and column -> value.
 
     `number` is the line of a JSONL file, else the row's place below the header, from 1. Values are
-    as the file has them: of CSV files all are texts, an empty cell of a sheet is None.
+    as the file has them: of CSV files all are texts, an empty cell of a sheet is None. Columns
+    without a name are left out.
     """
 
     where: str
@@ -49,10 +69,11 @@ def read_rows(path: Path) -> list[Row]:
 def cell(row: Row, column: str, key: str) -> Any:
     """The value in `column`; ConfigError where the row has no such column (`key` asks for it).
 
-    `turns.0` is the first of the list in `turns`, unless a column has that very name.
+    Also where the cell cannot be read. `turns.0` is the first of the list in `turns`, unless a
+    column has that very name.
     """
     if column in row.cells:
-        return row.cells[column]
+        return readable(row.cells[column])
     value: Any = row.cells
     for part in column.split("."):
         if isinstance(value, Mapping) and part in value:
@@ -66,6 +87,13 @@ def cell(row: Row, column: str, key: str) -> Any:
                 f"{row.where}: no column {column!r} ({key}); this row has "
                 f"{', '.join(row.cells) or 'none'}{_did_you_mean(column, row.cells)}"
             )
+    return value
+
+
+def readable(value: Any) -> Any:
+    """A cell's value. Raises ConfigError where it cannot be read as it is meant."""
+    if isinstance(value, Unreadable):
+        raise ConfigError(value.reason)
     return value
 
 
@@ -122,8 +150,8 @@ def _csv(path: Path) -> Iterator[Row]:
         _check_header(path, header)
         number = 0
         for values in lines:
-            if not values:
-                continue
+            if not any(values):
+                continue  # a spreadsheet writes rows of commas alone
             number += 1
             where = f"{path}:{lines.line_num}"
             if len(values) != len(header):
@@ -131,7 +159,7 @@ def _csv(path: Path) -> Iterator[Row]:
                     f"{where}: {len(values)} cells under {len(header)} columns; a cell with "
                     "commas, quotes or line breaks must stand in double quotes"
                 )
-            yield Row(where, number, dict(zip(header, values, strict=True)))
+            yield Row(where, number, _named(header, values))
     except csv.Error as error:
         raise ConfigError(f"{path}:{lines.line_num}: not CSV: {error}") from error
 
@@ -148,32 +176,84 @@ def _parquet(path: Path) -> Iterator[Row]:
         yield Row(f"{path}, row {number}", number, cells)
 
 
-def _xlsx(path: Path) -> Iterator[Row]:
-    """The rows of the first sheet; formulas by the values that were saved with them."""
-    import zipfile
+def _workbook(path: Path) -> Iterator[Row]:
+    """The rows of the first sheet; formulas by the values that were saved with them.
 
-    from openpyxl import load_workbook
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        book = load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as XLSX: {error}") from error
-    try:
-        lines = book.worksheets[0].iter_rows(values_only=True)
-        names = ["" if name is None else str(name).strip() for name in next(lines, ())]
-        while names and not names[-1]:
-            names.pop()  # formatted, and empty
+    A cell that is merged with others has their value in each row. A text's line breaks are \\n.
+    """
+    values, formulas = _sheets(path)
+    merged = _merged(values)
+    lines = zip(values.iter_rows(), formulas.iter_rows(), strict=True)
+    names: list[str] = []
+    for number, (cells, written) in enumerate(lines):
+        found = [
+            _cell_value(path, cell, formula, merged)
+            for cell, formula in zip(cells, written, strict=True)
+        ]
+        if number == 0:
+            names = ["" if value is None else str(value).strip() for value in found]
+            _check_header(path, names)
+        elif any(value is not None for value in found):
+            # The header is row 1 of the sheet.
+            yield Row(f"{path}, sheet row {number + 1}", number, _named(names, found))
+    if not names:
         _check_header(path, names)
-        for number, values in enumerate(lines, start=1):
-            cells = [_unescaped(value) for value in values[: len(names)]]
-            cells += [None] * (len(names) - len(cells))
-            if any(value is not None for value in cells):
-                # The header is row 1 of the sheet.
-                cells_by_name = dict(zip(names, cells, strict=True))
-                yield Row(f"{path}, sheet row {number + 1}", number, cells_by_name)
-    finally:
-        book.close()
+
+
+def _sheets(path: Path) -> tuple[Worksheet, Worksheet]:
+    """The first sheet with the results of its formulas, and with the formulas themselves."""
+    from openpyxl import load_workbook
+
+    try:
+        with warnings.catch_warnings():
+            # Of what it does not read: how cells look, what may be entered.
+            warnings.simplefilter("ignore")
+            # openpyxl gives one or the other.
+            return (
+                load_workbook(path, data_only=True).worksheets[0],
+                load_workbook(path).worksheets[0],
+            )
+    except OSError:
+        raise
+    except Exception as error:  # of all that may be wrong in an archive of XML files
+        raise ConfigError(
+            f"{path}: cannot be read as an Excel workbook: {reason_of(error)} (one with a "
+            "password, or in the old format .xls, has to be saved anew as .xlsx)"
+        ) from error
+
+
+def _merged(sheet: Worksheet) -> dict[tuple[int | None, int | None], Any]:
+    """The value of every cell that is merged into another one: that one's."""
+    return {
+        place: sheet.cell(area.min_row, area.min_col).value
+        for area in sheet.merged_cells.ranges
+        for place in area.cells
+    }
+
+
+def _cell_value(
+    path: Path,
+    cell: Cell | MergedCell,
+    formula: Cell | MergedCell,
+    merged: Mapping[tuple[int | None, int | None], Any],
+) -> Any:
+    """A text, number, truth or None; an `Unreadable` for what is neither."""
+    value: Any = merged.get((cell.row, cell.column), cell.value)
+    place = f"{path}, {formula.parent.title}!{cell.coordinate}"
+    if formula.data_type == "f" and (value is None or cell.data_type == "e"):
+        # A text that begins with = is a formula to Excel, and mostly a broken one.
+        return Unreadable(
+            f"{place}: {str(formula.value)[:40]!r} is a formula without a result; a text that "
+            "begins with = needs ' before it, a formula a workbook that Excel has saved"
+        )
+    if isinstance(value, str):
+        return _unescaped(value) or None
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return Unreadable(
+        f"{place}: {value} is a date or a time; a text or a number is needed: format the cell as "
+        "text"
+    )
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
@@ -181,7 +261,7 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
-    ".xlsx": _xlsx,
+    **dict.fromkeys(WORKBOOKS, _workbook),
 }
 
 
@@ -189,21 +269,26 @@ def _kinds() -> str:
     return f"; right are {', '.join(_READERS)}"
 
 
-def _unescaped(value: object) -> object:
-    """A cell's text with the line breaks that spreadsheets write as `_x000D_` as they were."""
-    if not isinstance(value, str):
-        return value
-    return value.replace("_x000D_\n", "\n").replace("_x000D_", "\n").replace("\r\n", "\n")
+def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The values of a row by the names of their columns; a column without a name is left out."""
+    return {name: value for name, value in zip(names, values, strict=True) if name}
+
+
+def _unescaped(text: str) -> str:
+    """A cell's text with the characters that it stands for, and line breaks of one kind."""
+    found = _ESCAPED.sub(lambda escaped: chr(int(escaped[1], 16)), text)
+    return found.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
-    """Raises ConfigError unless every column has a name of its own."""
+    """Raises ConfigError unless there are names of columns, each once."""
     if not any(names):
         raise ConfigError(f"{path}: holds no table: the first row names the columns")
-    repeated = next((name for name in names if names.count(name) > 1 or not name), None)
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
     if repeated is not None:
-        what = f"{repeated!r} names two columns" if repeated else "a column has no name"
-        raise ConfigError(f"{path}: the header is {', '.join(map(repr, names))}: {what}")
+        raise ConfigError(
+            f"{path}: the header is {', '.join(map(repr, names))}: {repeated!r} names two columns"
+        )
 
 
 def _is_of_sheet(row: Row) -> bool:

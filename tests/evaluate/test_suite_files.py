@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,44 @@ def test_numbers_of_a_sheet_are_what_the_sheet_shows(tmp_path: Path) -> None:
     ]
     suite = loaded(write_table(tmp_path, ".xlsx", rows))
     assert [task.reference for task in suite.tasks] == ["2", "0.5"]
+
+
+def test_a_workbook_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    from openpyxl import Workbook
+
+    book = Workbook()
+    rows = [
+        ["input", "output", "kind", None, "seen"],
+        ["a_x000D_\nb", 1, "sum", "note", date(2024, 5, 1)],
+        ["c", "=1+1", None, None, None],
+        [None, None, None, None, None],
+        ["d", "2", "text", None, None],
+    ]
+    for row in rows:
+        book.active.append(row)
+    book.active.merge_cells("C2:C3")
+    book.save(tmp_path / "t.xlsx")
+    read = {"category": "kind", "reference": None, "scorer": "judge"}
+    tasks = loaded(tmp_path / "t.xlsx", **read).tasks
+    assert [(task.id, task.input, task.category) for task in tasks] == [
+        ("1", "a\nb", "sum"),
+        ("2", "c", "sum"),
+        ("4", "d", "text"),
+    ]
+    for needed, message in (
+        ({"reference": "output"}, r"t\.xlsx, Sheet!B3: '=1\+1' is a formula without a result"),
+        ({"fields": {"seen": "seen"}}, r"Sheet!E2: 2024-05-01 .* is a date or a time; .* as text"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loaded(tmp_path / "t.xlsx", **read | needed)
+
+
+def test_what_spreadsheets_and_pandas_add_to_csv_files_is_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("\ufeff,input,output\n0,a,b\n,,\n2,c,d\n,,\n", encoding="utf-8")
+    assert [(one.id, one.input) for one in loaded(tmp_path / "t.csv").tasks] == [
+        ("1", "a"),
+        ("2", "c"),
+    ]
 
 
 def test_rows_of_tables_are_numbered_below_the_header(tmp_path: Path) -> None:
