@@ -377,7 +377,8 @@ def eval_(
     from evomerge.search.side_by_side import evaluation_json, measure_models
 
     live = _live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
-    wanted, tasks = _suite(suite, data, limit, trust_code=trust_code)
+    inputs = _inputs(storage, dtype)
+    wanted, tasks = _suite(suite, inputs, data, limit, trust_code=trust_code)
     judge = judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
     if needs_judge(wanted) and judge is None:
         raise ConfigError(
@@ -392,7 +393,7 @@ def eval_(
         check_radar_categories(task.category for task in tasks)
         check_charts(radar, overwrite=overwrite)
     with engines_at_work():
-        contestants = _contestants(models, _inputs(storage, dtype))
+        contestants = _contestants(models, inputs)
         try:
             measured = measure_models(
                 wanted,
@@ -425,13 +426,25 @@ def eval_(
 
 
 def _suite(
-    reference: str, data: Path | None, limit: int | None, *, trust_code: bool
+    reference: str,
+    inputs: InputModels,
+    data: Path | None,
+    limit: int | None,
+    *,
+    trust_code: bool,
 ) -> tuple[Suite, list[Task]]:
     """A suite, and its tasks or as many of them as `limit`, of all categories alike."""
     from evomerge.evaluate.suite import load_suite
     from evomerge.search.tasks import draw_tasks
 
-    suite = load_suite(reference, Path(), data=data, trust_code=trust_code, typed=True)
+    suite = load_suite(
+        reference,
+        Path(),
+        data=data,
+        trust_code=trust_code,
+        typed=True,
+        find_model=inputs.resolve,
+    )
     if limit is None or limit >= len(suite.tasks):
         return suite, list(suite.tasks)
     drawn = set(draw_tasks({task.id: task.category for task in suite.tasks}, limit, 0, 0))

@@ -18,7 +18,7 @@ from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS, LikelihoodScorer
 from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.own_scorers import code_digest, find_scorer
 from evomerge.evaluate.prompts import Chat, ask, uses_chat
-from evomerge.evaluate.routing import routed_tasks
+from evomerge.evaluate.routing import FindModel, routed_tasks
 from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.evaluate.suite_config import (
@@ -176,13 +176,15 @@ def load_suite(
     *,
     trust_code: bool = False,
     typed: bool = False,
+    find_model: FindModel | None = None,
 ) -> Suite:
     """The suite of a configuration, a preset's bare name or a suite file, with its tasks read.
 
     Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
     table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
     are code of somebody's own (of a configuration that was asked when it was read). `typed`: the
-    user named the suite file, no other file did.
+    user named the suite file, no other file did. `find_model` gives the folder of a router's
+    embedding that is none in `folder` (one of the hub).
     Raises ConfigError naming file and line on whatever is wrong.
     """
     where = "suite"
@@ -204,7 +206,7 @@ def load_suite(
     scorers: dict[str, Scorer | LikelihoodScorer] = {**empty.scorers, **empty.likelihood_scorers}
     tasks = read_tasks(suite, tables, scorers)
     if suite.router is not None:
-        tasks = routed_tasks(suite.router, tasks, folder, where)
+        tasks = routed_tasks(suite.router, tasks, folder, where, find_model)
     found = replace(empty, tasks=tasks, files=(*by_name, *_files(suite, tables[0], data)))
     _check_rubric(found)
     _check_gates(found)

@@ -155,9 +155,9 @@ def _as_table(value: object) -> object:
 class RouterConfig(_Strict):
     """The table of examples that says how each task is asked (`evaluate.router`).
 
-    Tasks are compared by their letters, or by the vectors of the model in the folder `embedding`,
-    with `embedding_prefix` before each text; under `threshold` the default row counts.
-    `leave_one_out`: no task is compared with the example that it is itself.
+    Tasks are compared by their letters, or by the vectors of the model `embedding` (a folder, or
+    owner/name[@revision] on the hub), with `embedding_prefix` before each text; under `threshold`
+    the default row counts. `leave_one_out`: no task is compared with the example that it is itself.
     """
 
     table: Annotated[str, Field(min_length=1)]
@@ -474,8 +474,11 @@ def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         beside["data"] = _beside(content["data"], folder)
     router = _as_table(content.get("router"))
     if isinstance(router, Mapping):
-        names = ("table", "embedding")
-        places = {key: _beside(router[key], folder) for key in names if key in router}
+        places = {"table": _beside(router["table"], folder)} if "table" in router else {}
+        embedding = router.get("embedding")
+        # What is no folder beside the file is a model of the hub.
+        if isinstance(embedding, str) and (folder / Path(embedding).expanduser()).is_dir():
+            places["embedding"] = _beside(embedding, folder)
         beside["router"] = {**router, **places}
     return beside
 

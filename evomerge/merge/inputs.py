@@ -34,9 +34,11 @@ Result = TypeVar("Result")
 HUB_SECONDS = 5.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(@[A-Za-z0-9._/-]+)?")
 
-# What a model needs of a hub repository's top folder: no pickles, no code.
+# How an embedding's vectors become one, as sentence-transformers keeps it: a router reads it.
+_POOLING = "1_Pooling/config.json"
+# What a model needs of a hub repository: no pickles, no code.
 HUB_FILE = re.compile(
-    "|".join([r"[^/]+\.(safetensors|json|jinja)", *map(re.escape, TOKENIZER_FILES)])
+    "|".join([r"[^/]+\.(safetensors|json|jinja)", *map(re.escape, (*TOKENIZER_FILES, _POOLING))])
 )
 
 # What the hub answers where there is no such repository, or not for this user.
@@ -245,6 +247,7 @@ class InputModels:
         if cached is None:
             return None
         files = sorted(file.name for file in cached.iterdir() if HUB_FILE.fullmatch(file.name))
+        files += [_POOLING] * (cached / _POOLING).is_file()
         return self._linked(reference, name, cached, files)
 
     def _download(self, reference: str, name: str, commit: str, files: list[str]) -> Path:
@@ -263,6 +266,7 @@ class InputModels:
             return kept
         with published(kept, overwrite=True) as partial:
             for file in files:
+                (partial / file).parent.mkdir(exist_ok=True)
                 (partial / file).symlink_to((cached / file).resolve())
             origin = {"reference": reference, "commit": commit}
             (partial / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")

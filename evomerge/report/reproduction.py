@@ -202,8 +202,8 @@ class Reproduction:
 
     def run(self) -> Reproduced:
         """All steps. Raises ConfigError for what can be found wrong before the first one."""
-        suite = self._check()
         inputs = InputModels(self.storage, dtype=self.live.dtype or "bfloat16", say=self.say)
+        suite = self._check(inputs)
         known, mistakes = inputs.resolve_all(self._names)
         if mistakes:
             raise ConfigError("\n".join(f"{self.file.path}: {one}" for one in mistakes.values()))
@@ -236,7 +236,7 @@ class Reproduction:
         """Every model that is needed, once."""
         return list(dict.fromkeys([*self.file.mixture.model_names(), *self.file.reproduce.models]))
 
-    def _check(self) -> Suite:
+    def _check(self, inputs: InputModels) -> Suite:
         """The suite; everything else that the steps need is looked at, too."""
         config = self.file.reproduce
         try:
@@ -245,6 +245,7 @@ class Reproduction:
                 self.file.path.parent,
                 data=self.data,
                 trust_code=self.file.trusted,
+                find_model=inputs.resolve,
             )
         except ConfigError as error:
             hint = "" if self.data else "; --data FILE names its tasks, too"

@@ -16,6 +16,7 @@ from evomerge.database import can_be_read
 from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import Answered
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
+from evomerge.merge.inputs import InputModels
 from evomerge.search.held_out import HeldOutSuite
 from evomerge.search.log import EventLog, begun_with
 from evomerge.search.selection import paired_interval
@@ -75,7 +76,7 @@ def compare_studies(storage: Path, first: str, second: str) -> dict[str, Any]:
             )
         )
     held_out = sides[0].holdout & sides[1].holdout
-    categories, note = _categories(sides)
+    categories, note = _categories(storage, sides)
     return {
         "studies": [_side_json(side) for side in sides],
         "differs": differs,
@@ -210,7 +211,7 @@ def _by_category(
     return {name: _summary(members[name]) for name in sorted(members)}
 
 
-def _categories(sides: Sequence[Side]) -> tuple[dict[str, str], list[str]]:
+def _categories(storage: Path, sides: Sequence[Side]) -> tuple[dict[str, str], list[str]]:
     """Task -> category as either study's suite has them, and a note where none can be read.
 
     A suite's files that have changed since say nothing about the answers there are.
@@ -218,7 +219,7 @@ def _categories(sides: Sequence[Side]) -> tuple[dict[str, str], list[str]]:
     reasons = []
     for side in sides:
         try:
-            categories, digests = _categories_of(side.begun)
+            categories, digests = _categories_of(storage, side.begun)
         except (ConfigError, ValueError) as error:
             reasons.append(str(error).splitlines()[0])
             continue
@@ -228,24 +229,25 @@ def _categories(sides: Sequence[Side]) -> tuple[dict[str, str], list[str]]:
     return {}, [f"no categories: {'; '.join(reasons)}"]
 
 
-def _categories_of(begun: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+def _categories_of(storage: Path, begun: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
     """Task -> category, and the digests, of the suites that a study's file names.
 
     A second suite's categories are apart from the first one's. Raises ConfigError, or ValueError.
     """
-    suite = _suite_of(begun, "suite")
+    suite = _suite_of(storage, begun, "suite")
     categories = {task.id: task.category for task in suite.tasks}
     if isinstance(begun["study"].get("holdout", 0.0), float | int):
         return categories, {suite.digest}
-    held_out = HeldOutSuite(_suite_of(begun, "holdout"))
+    held_out = HeldOutSuite(_suite_of(storage, begun, "holdout"))
     categories |= {task.id: f"{task.category} (held out)" for task in held_out.tasks}
     return categories, {suite.digest, held_out.suite.digest}
 
 
-def _suite_of(begun: Mapping[str, Any], key: str) -> Suite:
+def _suite_of(storage: Path, begun: Mapping[str, Any], key: str) -> Suite:
     asked = begun["study"][key]
     config = asked if isinstance(asked, str) else SuiteConfig.model_validate(asked)
-    return load_suite(config, Path(begun["folder"]))
+    folder = Path(begun["folder"])
+    return load_suite(config, folder, find_model=InputModels(storage, folder).resolve)
 
 
 def _differences(first: Side, second: Side) -> list[str]:

@@ -123,10 +123,17 @@ def resolve_study(
     (None: nobody will be asked).
     """
     check_writable(storage)
+    inputs = InputModels(storage, config.folder, config.engine.dtype)
     suite = _in_file(
-        config, lambda: load_suite(config.suite, config.folder, trust_code=config.trust_code)
+        config,
+        lambda: load_suite(
+            config.suite,
+            config.folder,
+            trust_code=config.trust_code,
+            find_model=inputs.resolve,
+        ),
     )
-    held_out = _held_out_suite(config)
+    held_out = _held_out_suite(config, inputs)
     suites = [suite] if held_out is None else [suite, held_out.suite]
     for one in suites:
         _in_file(
@@ -141,7 +148,7 @@ def resolve_study(
         )
     _check_turns(config, suites)
     search, holdout = _split(config, suite, held_out)
-    base, *models = _model_folders(config, storage)
+    base, *models = _model_folders(config, inputs)
     checkpoints = {str(folder): Checkpoint.open(folder) for folder in (base, *models)}
     space = _in_file(
         config,
@@ -199,7 +206,7 @@ def _check_turns(config: StudyConfig, suites: Sequence[Suite]) -> None:
         )
 
 
-def _held_out_suite(config: StudyConfig) -> HeldOutSuite | None:
+def _held_out_suite(config: StudyConfig, inputs: InputModels) -> HeldOutSuite | None:
     """The second suite that `holdout` names, read; None where it is a share of the first one."""
     wanted = config.holdout
     if isinstance(wanted, float):
@@ -207,9 +214,15 @@ def _held_out_suite(config: StudyConfig) -> HeldOutSuite | None:
 
     def load() -> HeldOutSuite:
         try:
-            return HeldOutSuite(load_suite(wanted, config.folder, trust_code=config.trust_code))
+            suite = load_suite(
+                wanted,
+                config.folder,
+                trust_code=config.trust_code,
+                find_model=inputs.resolve,
+            )
         except ConfigError as error:
             raise ConfigError(f"holdout: {error}") from error
+        return HeldOutSuite(suite)
 
     return _in_file(config, load)
 
@@ -226,9 +239,8 @@ def _split(
     return _in_file(config, lambda: split_holdout(suite.tasks, share))
 
 
-def _model_folders(config: StudyConfig, storage: Path) -> list[Path]:
+def _model_folders(config: StudyConfig, inputs: InputModels) -> list[Path]:
     """The folders of the base and of the models; every reference that is wrong is told at once."""
-    inputs = InputModels(storage, config.folder, config.engine.dtype)
     references = {"base_model": config.base_model}
     references |= {f"models.{index}": model for index, model in enumerate(config.models)}
     folders, mistakes = inputs.resolve_all(references.values())

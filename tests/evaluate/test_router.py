@@ -185,6 +185,30 @@ def test_a_suite_asks_each_task_as_its_nearest_example_but_itself_says(tmp_path:
     assert kept.digest != suite.digest
 
 
+def test_a_suites_embedding_may_be_a_model_of_the_hub(tmp_path: Path) -> None:
+    folder = tiny.qwen3(tmp_path / "elsewhere", layers=2)
+    asked: list[str] = []
+
+    def find_model(name: str) -> Path:
+        asked.append(name)
+        if name != "owner/e5@v1":
+            raise ConfigError(f"{name}: the hub has no such model")
+        return folder
+
+    beside = routed_suite(tmp_path, embedding="elsewhere")
+    for place, embedding in (("a", "owner/e5@v1"), ("b", "owner/e6")):
+        (tmp_path / place).mkdir()
+        table = {"table": "../table.jsonl", "embedding": embedding}
+        text = json.dumps({"data": "../tasks.jsonl", "category": "kind", "router": table})
+        (tmp_path / place / "s.yaml").write_text(text)
+        (tmp_path / f"{place}.yaml").write_text(f"like: {place}/s.yaml")
+    found = load_suite("a.yaml", tmp_path, find_model=find_model)
+    assert [task.user for task in found.tasks] == [task.user for task in beside.tasks]
+    with pytest.raises(ConfigError, match=r"b\.yaml: router\.embedding: owner/e6: the hub has no"):
+        load_suite("b.yaml", tmp_path, find_model=find_model)
+    assert asked == ["owner/e5@v1", "owner/e6"]
+
+
 def test_what_is_wrong_with_a_suites_router_is_told(tmp_path: Path) -> None:
     for router, words in (
         ({"tabel": "t"}, "unknown key 'tabel'|router"),

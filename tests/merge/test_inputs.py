@@ -198,6 +198,7 @@ def test_a_hub_model_is_fetched_once_without_pickles_and_found_again_offline(
 ) -> None:
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     files |= {"pytorch_model.bin": b"never", "original/more.safetensors": b"never"}
+    files |= {"1_Pooling/config.json": b'{"pooling_mode_cls_token": true}'}
     storage = tmp_path / "storage"
     with hub({"me/base": files}) as (url, requests):
         first = resolve(storage, url, "me/base", "me/base@main", "me/none")
@@ -206,8 +207,10 @@ def test_a_hub_model_is_fetched_once_without_pickles_and_found_again_offline(
     assert lines[1] == lines[0]
     assert kept.parent == storage / "input_models"
     assert {path.name for path in kept.iterdir()} == {path.name for path in model.iterdir()} | {
-        "evomerge_origin.json"
+        "evomerge_origin.json",
+        "1_Pooling",
     }
+    assert b"cls_token" in (kept / "1_Pooling" / "config.json").read_bytes()
     assert (kept / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert "me/none: not a folder here, and the Hugging Face hub has no such model" in lines[2]
     fetched = [path for path in requests if path.endswith("safetensors")]
