@@ -269,7 +269,7 @@ def export(
 
     The recipe goes to stdout where neither is named.
     """
-    from evomerge.merge.checkpoint import refuse_existing
+    from evomerge.merge.publishing import refuse_existing
     from evomerge.report.results import export_model
     from evomerge.search.status import trial_recipe
 
@@ -309,8 +309,8 @@ def merge(
     from evomerge.recipe import read_recipe
 
     wanted = read_recipe(recipe, lenient=lenient, say=say)  # its mistakes need no torch
-    from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
+    from evomerge.merge.publishing import refuse_existing
     from evomerge.report.export import merge_recipe
     from evomerge.report.merge_display import MergeDisplay
 
@@ -352,8 +352,8 @@ def moe(
     The output is a complete model folder, with tokenizer, chat template and card.
     """
     shard_bytes = parse_size(max_shard_size)
-    from evomerge.merge.checkpoint import refuse_existing
     from evomerge.merge.inputs import InputModels
+    from evomerge.merge.publishing import refuse_existing
     from evomerge.moe_config import mixture_text, read_moe_config
     from evomerge.report.merge_display import MergeDisplay
     from evomerge.report.moe import build_moe

@@ -32,9 +32,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from evomerge.merge.checkpoint import ShardedOutput, bytes_of, published
+from evomerge.merge.checkpoint import ShardedOutput, bytes_of
 from evomerge.merge.dtypes import BFLOAT16, DType
 from evomerge.merge.materialize import materialize
+from evomerge.merge.publishing import published
 from evomerge.recipe import read_recipe
 
 SHARDS = 5

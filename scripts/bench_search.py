@@ -143,7 +143,8 @@ def plain(landscape: Landscape, random: np.random.RandomState, job: Job) -> Arra
 
     It starts at weights of 0.5 with steps of 0.25, which suits it better than its own 1/6.
     """
-    from evomerge.search.samplers import CmaEs, Told
+    from evomerge.search.evolution_samplers import CmaEs
+    from evomerge.search.samplers import Told
 
     population = 4 + math.floor(3 * math.log(job.dimension))
     sampler = CmaEs(

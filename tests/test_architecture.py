@@ -52,8 +52,8 @@ ROOMS: dict[str, set[str]] = {
 
 # Each big library, and the files that may know it.
 LIBRARIES: dict[str, set[str]] = {
-    "cma": {"search/samplers.py"},
-    "cmaes": {"search/samplers.py"},
+    "cma": {"search/evolution_samplers.py"},
+    "cmaes": {"search/evolution_samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
     "lm_eval": {"evaluate/harness.py"},
     "matplotlib": {"report/radar.py"},

@@ -11,12 +11,8 @@ from pathlib import Path
 
 from evomerge.engine import Engine, EngineConfig, open_engine
 from evomerge.errors import CandidateError
-from evomerge.merge.checkpoint import (
-    GENERATION_FILE,
-    TOKENIZER_FILES,
-    Checkpoint,
-    read_json,
-)
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.model_files import GENERATION_FILE, TOKENIZER_FILES, read_json
 from evomerge.recipe import Recipe, recipe_from_mapping
 
 # Of the configurations what makes no other model: who wrote it, its name, how it is stored.

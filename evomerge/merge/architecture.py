@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from evomerge.errors import ConfigError
-from evomerge.merge.checkpoint import Checkpoint, TensorHeader
+from evomerge.merge.headers import Described, TensorHeader
 from evomerge.merge.model_config import (
     is_encoder_decoder,
     layer_count_path,
@@ -131,7 +131,7 @@ class Architecture:
         )
 
 
-def read_architecture(checkpoint: Checkpoint) -> Architecture:
+def read_architecture(checkpoint: Described) -> Architecture:
     """The architecture of a checkpoint, from its config and headers.
 
     Raises ConfigError where no layers can be found by their names, where layers that the config
@@ -166,7 +166,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     )
 
 
-def layer_count(checkpoint: Checkpoint) -> int:
+def layer_count(checkpoint: Described) -> int:
     """The number of layers that the config says; ConfigError where it does not."""
     path = layer_count_path(checkpoint.config)
     if path is None:
@@ -257,7 +257,7 @@ def _with_section(config: dict[str, Any], path: Sequence[str], **changes: object
     return config | {path[0]: _with_section(config[path[0]], path[1:], **changes)}
 
 
-def _config_file(checkpoint: Checkpoint) -> str:
+def _config_file(checkpoint: Described) -> str:
     return str(checkpoint.directory / "config.json")
 
 
@@ -267,7 +267,7 @@ def _is_computed(header: TensorHeader) -> bool:
     return _COMPUTED_NAME.fullmatch(header.name) is not None
 
 
-def _refuse_quantised(checkpoint: Checkpoint, tensors: Mapping[str, TensorHeader]) -> None:
+def _refuse_quantised(checkpoint: Described, tensors: Mapping[str, TensorHeader]) -> None:
     for header in tensors.values():
         if not header.dtype.is_floating_point or header.dtype.itemsize == 1:
             raise ConfigError(
@@ -281,7 +281,7 @@ def _refuse_quantised(checkpoint: Checkpoint, tensors: Mapping[str, TensorHeader
 
 
 def _modules(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorHeader]
+    checkpoint: Described, tensors: Mapping[str, TensorHeader]
 ) -> dict[str, dict[str, TensorHeader]]:
     """The tensors by module; what belongs to no other one is the language model's."""
     words = _ENCODER_DECODER_MODULES if is_encoder_decoder(checkpoint.config) else _MODULES
@@ -296,7 +296,7 @@ def _modules(
     return dict(modules)
 
 
-def _embedding(checkpoint: Checkpoint, modules: Mapping[str, Mapping[str, TensorHeader]]) -> str:
+def _embedding(checkpoint: Described, modules: Mapping[str, Mapping[str, TensorHeader]]) -> str:
     """The token embeddings: by name, or the one matrix with a row for each word."""
     candidates = {
         name: header
@@ -323,7 +323,7 @@ def _embedding(checkpoint: Checkpoint, modules: Mapping[str, Mapping[str, Tensor
 
 
 def _main_module(
-    checkpoint: Checkpoint, modules: Mapping[str, Mapping[str, TensorHeader]], embedding: str
+    checkpoint: Described, modules: Mapping[str, Mapping[str, TensorHeader]], embedding: str
 ) -> str:
     if is_encoder_decoder(checkpoint.config) and "decoder" in modules:
         return "decoder"
@@ -331,7 +331,7 @@ def _main_module(
 
 
 def _layers(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorHeader], embedding: str
+    checkpoint: Described, tensors: Mapping[str, TensorHeader], embedding: str
 ) -> tuple[str, tuple[Mapping[str, TensorHeader], ...]]:
     """The name and the layers of the stack that the config counts."""
     stacks = _stacks(tensors)
@@ -402,7 +402,7 @@ def _module(tensors: Mapping[str, TensorHeader]) -> Module:
     return Module(tensors, depths)
 
 
-def _is_tied(checkpoint: Checkpoint, head: str | None) -> bool:
+def _is_tied(checkpoint: Described, head: str | None) -> bool:
     """Whether input embeddings serve as the output's; where the config is silent, by the files.
 
     The silent default is true for some architectures and false for others; a checkpoint without a

@@ -1,85 +1,26 @@
-"""Checkpoints on disk: safetensors read lazily and written in a stream; folders whole or absent."""
+"""Checkpoints on disk: safetensors read lazily and written in a stream."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import math
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from evomerge.errors import ConfigError, OutputExistsError, RunError, shown
-from evomerge.merge.dtypes import BY_CODE, DType
+from evomerge.errors import ConfigError
+from evomerge.merge.architecture import Architecture, read_architecture
+from evomerge.merge.headers import TensorHeader, TensorSpec, num_bytes, read_headers
+from evomerge.merge.model_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json, small_files
+from evomerge.merge.publishing import disk_failure
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from evomerge.merge.architecture import Architecture
-
-CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-GENERATION_FILE = "generation_config.json"
-TEMPLATE_FOLDER = "additional_chat_templates"
-ADAPTER_CONFIG = "adapter_config.json"
-MARKER_FILE = ".evomerge-partial"
-
-# Any one of them is enough to make a tokenizer from.
-VOCABULARY_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
-# All that a tokenizer may consist of; TEMPLATE_FOLDER may hold more of its chat templates.
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-_LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a file says of one tensor before any of its numbers is read.
-
-    They are the bytes of `file` from `begin` on, row by row.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-
-
-class TensorSpec(Protocol):
-    """A tensor that is to be written: its name, dtype and shape."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> DType: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +43,7 @@ class Checkpoint:
         config = read_json(directory / CONFIG_FILE)
         single, index = directory / SINGLE_FILE, directory / INDEX_FILE
         if single.is_file():  # before an index, as transformers has it
-            tensors = _read_headers(single)
+            tensors = read_headers(single)
         elif index.is_file():
             tensors = _read_indexed_headers(index)
         else:
@@ -123,8 +64,6 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         """Which tensor is in which layer; ConfigError where they are not those of one model."""
-        from evomerge.merge.architecture import read_architecture
-
         return read_architecture(self)
 
     @property
@@ -147,24 +86,15 @@ class Checkpoint:
         for file in self.files:
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        for file in _small_files(self.directory):
+        for file in small_files(self.directory):
             content = hashlib.sha256(file.read_bytes()).hexdigest()
             digest.update(f"{file.relative_to(self.directory)} {content}\n".encode())
         return digest.hexdigest()
 
 
-def require_tokenizer(directory: Path) -> None:
-    """Raises ConfigError where `directory` has nothing to make a tokenizer from."""
-    if not any((directory / name).is_file() for name in VOCABULARY_FILES):
-        raise ConfigError(
-            f"{directory}: this model has no tokenizer (one of {', '.join(VOCABULARY_FILES)}); "
-            "copy the one that it was trained with into it"
-        )
-
-
 def read_tensor_file(file: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, mapped, by name; ConfigError where it is damaged."""
-    headers = _read_headers(file)
+    headers = read_headers(file)
     checkpoint = Checkpoint(file.parent, {}, headers)
     return {name: checkpoint.read(name) for name in headers}
 
@@ -304,138 +234,7 @@ class _OutputFile:
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:
     """The bytes of all numbers of `specs`."""
-    return sum(_num_bytes(spec) for spec in specs)
-
-
-def disk_failure(path: Path, error: OSError) -> RunError:
-    """The error to raise for an OSError while writing to `path`."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"{path}: the disk is full ({reason}); free some space and run it again")
-    return RunError(f"{path}: writing failed ({reason})")
-
-
-@contextmanager
-def published(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which becomes `directory` only when the block ends without an error.
-
-    So a directory that exists is whole; what a killed writer leaves behind ends in `.partial`, and
-    the next writer removes it. What it replaces is `.replaced` until it is gone, marked as ours.
-    Raises OutputExistsError, before the block runs, where `directory` is there, not empty and not
-    to be overwritten; ConfigError where it cannot be made, or a folder of others has such a name.
-    """
-    directory = directory.absolute()
-    _refuse_taken(directory, overwrite=overwrite)
-    partial = directory.with_name(directory.name + ".partial")
-    with ExitStack() as stack:
-        try:
-            _remove_if_ours(partial)
-            if _is_filled(directory):
-                _remove_if_ours(_replaced(directory))
-            partial.mkdir(parents=True)
-            stack.enter_context(_marked(partial))
-        except OSError as error:
-            raise ConfigError(
-                f"{partial}: cannot be made ({error.strerror}); choose another folder"
-            ) from error
-        try:
-            yield partial
-            _replace(partial, directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError where `directory` is taken; `overwrite` replaces models alone."""
-    _refuse_taken(directory, overwrite=overwrite)
-    if _is_filled(directory) and not (directory / CONFIG_FILE).is_file():
-        raise OutputExistsError(
-            f"{directory}: is not empty and no model directory, so it is not replaced; "
-            "choose another name"
-        )
-
-
-def _refuse_taken(directory: Path, *, overwrite: bool) -> None:
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise OutputExistsError(f"{directory}: exists and is no folder; choose another name")
-    if not overwrite and _is_filled(directory):
-        raise OutputExistsError(
-            f"{directory}: exists and is not empty; choose another name or say --overwrite"
-        )
-
-
-def _small_files(directory: Path) -> list[Path]:
-    """What beside config and tensors decides a model's answers."""
-    named = [directory / name for name in (*TOKENIZER_FILES, GENERATION_FILE)]
-    templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
-    return [file for file in (*named, *templates) if file.is_file()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a model's JSON file; ConfigError where it is missing or none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path.parent}: has no {path.name}, so it is no model directory"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: should be a JSON object")
-    return content
-
-
-def _read_headers(file: Path) -> dict[str, TensorHeader]:
-    """The headers of one safetensors file, in the order of the file's header.
-
-    Raises ConfigError where the file is shorter or longer than its header says, or where a tensor
-    has other bytes than its shape and dtype need.
-    """
-    header, data_start = _read_raw_header(file)
-    header.pop("__metadata__", None)
-    tensors, places = {}, {}
-    for name, entry in header.items():
-        try:
-            dtype, shape = BY_CODE[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{file}: tensor {name} has a broken header: {shown(entry)} should have a "
-                "dtype, a shape and data_offsets as safetensors has them; fetch the file again"
-            ) from error
-        tensors[name] = TensorHeader(name, dtype, shape, file, data_start + begin)
-        places[name] = begin, end
-    size = file.stat().st_size
-    data_end = data_start + max((end for _, end in places.values()), default=0)
-    if size != data_end:
-        raise ConfigError(
-            f"{file}: is truncated or damaged: {size} bytes, but its header describes {data_end}; "
-            "fetch the file again"
-        )
-    _check_places(file, tensors, places)
-    return tensors
-
-
-def _check_places(
-    file: Path, tensors: Mapping[str, TensorHeader], places: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raises ConfigError unless the tensors follow each other, each as long as its numbers."""
-    previous_end = 0
-    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
-        header = tensors[name]
-        if min(header.shape, default=0) < 0 or end - begin != _num_bytes(header):
-            raise ConfigError(
-                f"{file}: tensor {name} has a broken header: {end - begin} bytes for shape "
-                f"{list(header.shape)} of {header.dtype}; fetch the file again"
-            )
-        if begin != previous_end:
-            raise ConfigError(
-                f"{file}: tensor {name} has a broken header: it begins at byte {begin}, but the "
-                f"one before it ends at {previous_end}; fetch the file again"
-            )
-        previous_end = end
+    return sum(num_bytes(spec) for spec in specs)
 
 
 def _open_tensors(file: Path) -> Any:
@@ -445,23 +244,6 @@ def _open_tensors(file: Path) -> Any:
         return safetensors.safe_open(file, framework="pt")
     except safetensors.SafetensorError as error:  # of what our own checks of headers let through
         raise ConfigError(f"{file}: is damaged ({error}); fetch the file again") from error
-
-
-def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header as parsed JSON, and where the numbers start."""
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > min(_LONGEST_HEADER, file.stat().st_size):
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(opened.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("header is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: is truncated or no safetensors file ({error}); fetch the file again"
-        ) from error
-    return header, 8 + length
 
 
 def _read_indexed_headers(index: Path) -> dict[str, TensorHeader]:
@@ -483,7 +265,7 @@ def _indexed_file(index: Path, file_name: object) -> dict[str, TensorHeader]:
     file = index.with_name(file_name)
     if not file.is_file():
         raise ConfigError(f"{index}: names {file_name}, which is missing; fetch it again")
-    return _read_headers(file)
+    return read_headers(file)
 
 
 def _no_weights_message(directory: Path) -> str:
@@ -493,10 +275,6 @@ def _no_weights_message(directory: Path) -> str:
     return message
 
 
-def _num_bytes(spec: TensorSpec) -> int:
-    return spec.dtype.itemsize * math.prod(spec.shape)
-
-
 def _cut_into_shards(
     specs: Sequence[TensorSpec], max_shard_size: int
 ) -> dict[str, list[TensorSpec]]:
@@ -504,11 +282,11 @@ def _cut_into_shards(
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
-        if shards[-1] and filled + _num_bytes(spec) > max_shard_size:
+        if shards[-1] and filled + num_bytes(spec) > max_shard_size:
             shards.append([])
             filled = 0
         shards[-1].append(spec)
-        filled += _num_bytes(spec)
+        filled += num_bytes(spec)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {
@@ -527,7 +305,7 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     place = 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
         offsets[spec.name] = place
-        end = place + _num_bytes(spec)
+        end = place + num_bytes(spec)
         entries[spec.name] = {
             "dtype": spec.dtype.code,
             "shape": list(spec.shape),
@@ -553,73 +331,3 @@ def _write_index(path: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None
         "weight_map": {spec.name: name for name, shard in shards.items() for spec in shard},
     }
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _is_filled(directory: Path) -> bool:
-    return directory.is_dir() and any(directory.iterdir())
-
-
-def _replaced(directory: Path) -> Path:
-    """Where the old `directory` is while the new one takes its place."""
-    return directory.with_name(directory.name + ".replaced")
-
-
-@contextmanager
-def _marked(folder: Path) -> Iterator[None]:
-    """Our marker in `folder`, locked as long as its writer lives."""
-    with (folder / MARKER_FILE).open("w", encoding="utf-8") as marker:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.lockf(marker, fcntl.LOCK_EX)
-        marker.write(f"{os.getpid()}\n")
-        marker.flush()
-        yield
-
-
-def _remove_if_ours(folder: Path) -> None:
-    """Removes what a killed writer left; raises ConfigError where that is not what is there."""
-    if not folder.exists():
-        return
-    marker = folder / MARKER_FILE
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # killed before it could be marked, or after all but it was gone
-        return
-    if not marker.is_file():
-        raise ConfigError(f"{folder}: is in the way and not ours; move or remove it")
-    with marker.open("r+", encoding="utf-8") as opened:
-        try:
-            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{folder}: process {opened.read().strip()} is writing it; wait for its end"
-            ) from None
-        _remove_marked(folder)
-
-
-def _remove_marked(folder: Path) -> None:
-    """Removes `folder`, its marker last: what a kill leaves of it is known as ours."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER_FILE:
-            path.unlink()
-    shutil.rmtree(folder)
-
-
-def _replace(partial: Path, directory: Path) -> None:
-    """Renames `partial` to `directory`; what was there goes only when the new one is whole."""
-    try:
-        if not _is_filled(directory):
-            _rename_marked(partial, directory)
-            return
-        replaced = _replaced(directory)
-        with _marked(directory):
-            directory.rename(replaced)
-            _rename_marked(partial, directory)
-            _remove_marked(replaced)
-    except OSError as error:
-        raise disk_failure(directory, error) from error
-
-
-def _rename_marked(partial: Path, directory: Path) -> None:
-    partial.rename(directory)  # a rename onto an empty folder replaces it
-    (directory / MARKER_FILE).unlink()

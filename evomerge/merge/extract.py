@@ -17,18 +17,13 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError
-from evomerge.merge.checkpoint import (
-    ADAPTER_CONFIG,
-    SINGLE_FILE,
-    Checkpoint,
-    ShardedOutput,
-    TensorHeader,
-    disk_failure,
-    published,
-)
+from evomerge.merge.checkpoint import Checkpoint, ShardedOutput
 from evomerge.merge.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from evomerge.merge.headers import TensorHeader
 from evomerge.merge.lora import ADAPTER_WEIGHTS
+from evomerge.merge.model_files import ADAPTER_CONFIG, SINGLE_FILE
 from evomerge.merge.parts import PartTensor, cut, write_tensors
+from evomerge.merge.publishing import disk_failure, published
 
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, BFLOAT16, FLOAT16)}
 

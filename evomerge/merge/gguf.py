@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError, nearest
-from evomerge.merge.checkpoint import CONFIG_FILE, Checkpoint, disk_failure
+from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.gguf_vocabulary import Vocabulary, read_vocabulary
+from evomerge.merge.model_files import CONFIG_FILE
+from evomerge.merge.publishing import disk_failure
 
 SUFFIX = ".gguf"
 

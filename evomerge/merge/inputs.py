@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evomerge.errors import ConfigError, shown
-from evomerge.merge.checkpoint import (
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.model_files import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
     TOKENIZER_FILES,
-    Checkpoint,
-    disk_failure,
-    published,
     require_tokenizer,
 )
+from evomerge.merge.publishing import disk_failure, published
 
 Result = TypeVar("Result")
 

@@ -14,17 +14,12 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merge.architecture import HEAD
-from evomerge.merge.checkpoint import (
-    ADAPTER_CONFIG,
-    Checkpoint,
-    ShardedOutput,
-    TensorHeader,
-    disk_failure,
-    published,
-    read_tensor_file,
-)
+from evomerge.merge.checkpoint import Checkpoint, ShardedOutput, read_tensor_file
 from evomerge.merge.dtypes import DType
+from evomerge.merge.headers import TensorHeader
+from evomerge.merge.model_files import ADAPTER_CONFIG
 from evomerge.merge.parts import PartTensor, write_tensors
+from evomerge.merge.publishing import disk_failure, published
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -9,19 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError
-from evomerge.merge.checkpoint import (
-    GENERATION_FILE,
-    Checkpoint,
-    ShardedOutput,
-    TensorSpec,
-    disk_failure,
-    published,
-    read_json,
-    refuse_existing,
-    require_tokenizer,
-    total_bytes,
-)
+from evomerge.merge.checkpoint import Checkpoint, ShardedOutput, total_bytes
+from evomerge.merge.headers import TensorSpec
+from evomerge.merge.model_files import GENERATION_FILE, read_json, require_tokenizer
 from evomerge.merge.plan import MergePlan, make_plan, open_checkpoints
+from evomerge.merge.publishing import disk_failure, published, refuse_existing
 from evomerge.merge.streaming import Progress, write_merged
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.recipe import Recipe

@@ -23,24 +23,16 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ConfigError
-from evomerge.merge.checkpoint import (
-    CONFIG_FILE,
-    GENERATION_FILE,
-    Checkpoint,
-    ShardedOutput,
-    TensorHeader,
-    disk_failure,
-    published,
-    refuse_existing,
-    require_tokenizer,
-)
+from evomerge.merge.checkpoint import Checkpoint, ShardedOutput
 from evomerge.merge.dtypes import MERGED, DType
+from evomerge.merge.headers import TensorHeader
 from evomerge.merge.materialize import (
     as_json,
     generation_config,
     refuse_inputs_as_output,
     require_space,
 )
+from evomerge.merge.model_files import CONFIG_FILE, GENERATION_FILE, require_tokenizer
 from evomerge.merge.moe_kinds import (
     BIASES,
     DENSE_KEYS,
@@ -60,6 +52,7 @@ from evomerge.merge.moe_kinds import (
     with_defaults,
 )
 from evomerge.merge.parts import BLOCK, Part, PartTensor, cut, write_tensors
+from evomerge.merge.publishing import disk_failure, published, refuse_existing
 from evomerge.merge.streaming import Progress
 from evomerge.merge.tokenizer import write_tokenizer
 from evomerge.moe_config import Expert, MoEConfig

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import ConfigError, nearest, shown
-from evomerge.merge.checkpoint import CONFIG_FILE, Checkpoint
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.model_files import CONFIG_FILE
 from evomerge.moe_config import MoEConfig
 
 STACK = "model.layers"

@@ -18,8 +18,9 @@ from evomerge.errors import CandidateError, ConfigError, nearest
 from evomerge.merge.architecture import Architecture, stacked_config
 from evomerge.merge.blends import METHODS, Blend, recall_nothing
 from evomerge.merge.chat_template import new_template
-from evomerge.merge.checkpoint import Checkpoint, TensorHeader
+from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.dtypes import DType, dtype_of, widest
+from evomerge.merge.headers import TensorHeader
 from evomerge.merge.tokenizer import different_tokenizers
 from evomerge.merge_rules import MethodRules, Parameter
 from evomerge.recipe import Body, Recipe, Slice, Source

@@ -24,11 +24,11 @@ from evomerge.merge.checkpoint import (
     Checkpoint,
     InputFiles,
     ShardedOutput,
-    TensorHeader,
     bytes_of,
     total_bytes,
 )
 from evomerge.merge.dtypes import DType, dtype_of
+from evomerge.merge.headers import TensorHeader
 from evomerge.merge.native import NativeBlend, native_blend
 from evomerge.merge.plan import MergePlan, PlanEntry
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from evomerge.errors import ConfigError, reason_of
 from evomerge.merge.chat_template import TEMPLATE_FILE
-from evomerge.merge.checkpoint import (
+from evomerge.merge.model_files import (
     CONFIG_FILE,
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,

@@ -24,7 +24,8 @@ from evomerge.search.pool import (
     pool_event,
     uniforms,
 )
-from evomerge.search.samplers import Sampler, Told, make_sampler
+from evomerge.search.sampler_by_name import make_sampler
+from evomerge.search.samplers import Sampler, Told
 from evomerge.search.stopping import earliest_stop, futility
 from evomerge.search.tasks import draw_tasks
 from evomerge.search.telling import values_to_tell

@@ -19,16 +19,14 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError, OutputExistsError, RunError
 from evomerge.merge.checkpoint import (
-    MARKER_FILE,
     Checkpoint,
     InputFiles,
     ShardedOutput,
     bytes_of,
-    disk_failure,
-    published,
     read_tensor_file,
 )
 from evomerge.merge.dtypes import DType, dtype_of
+from evomerge.merge.publishing import MARKER_FILE, disk_failure, published
 from tests import tiny
 
 
@@ -436,7 +434,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from evomerge.merge.checkpoint import published
+from evomerge.merge.publishing import published
 with published(Path(sys.argv[1])) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)
@@ -506,7 +504,7 @@ def test_a_new_folder_leaves_one_beside_it_alone(tmp_path: Path) -> None:
 REPLACER = """
 import os, signal, sys
 from pathlib import Path
-from evomerge.merge.checkpoint import published
+from evomerge.merge.publishing import published
 removed = []
 
 def kill_at_removal(event, arguments):

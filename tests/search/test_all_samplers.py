@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from evomerge.errors import ConfigError
-from evomerge.search.samplers import Sampler, SamplerName, Scaling, Told, make_sampler
+from evomerge.search.names import SamplerName
+from evomerge.search.sampler_by_name import make_sampler
+from evomerge.search.samplers import Sampler, Scaling, Told
 from evomerge.space import Genome
 
 POPULATION = 4
