@@ -338,6 +338,9 @@ def eval_(
     *,
     suite: Annotated[str, typer.Option(metavar="SUITE", help="A preset's name, or a suite file.")],
     data: DataOption = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The split of the suite to take.")
+    ] = None,
     limit: LimitOption = None,
     judge_model: JudgeModelOption = None,
     judge_url: JudgeUrlOption = None,
@@ -378,7 +381,7 @@ def eval_(
 
     live = _live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
     inputs = _inputs(storage, dtype)
-    wanted, tasks = _suite(suite, inputs, data, limit, trust_code=trust_code)
+    wanted, tasks = _suite(suite, inputs, data, limit, split=split, trust_code=trust_code)
     judge = judge_of_options(judge_model, judge_url, judge_key_env, judge_local)
     if needs_judge(wanted) and judge is None:
         raise ConfigError(
@@ -411,7 +414,8 @@ def eval_(
         except KeyboardInterrupt:
             say("interrupted; the same command goes on, and pays for nothing twice")
             raise typer.Exit(INTERRUPTED) from None
-    found = evaluation_json(suite, wanted, measured, judge)
+    name = suite if split is None else f"{suite}, split {split}"
+    found = evaluation_json(name, wanted, measured, judge)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -431,6 +435,7 @@ def _suite(
     data: Path | None,
     limit: int | None,
     *,
+    split: str | None,
     trust_code: bool,
 ) -> tuple[Suite, list[Task]]:
     """A suite, and its tasks or as many of them as `limit`, of all categories alike."""
@@ -443,6 +448,7 @@ def _suite(
         data=data,
         trust_code=trust_code,
         typed=True,
+        split=split,
         find_model=inputs.resolve,
     )
     if limit is None or limit >= len(suite.tasks):

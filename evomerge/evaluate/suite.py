@@ -176,6 +176,7 @@ def load_suite(
     *,
     trust_code: bool = False,
     typed: bool = False,
+    split: str | None = None,
     find_model: FindModel | None = None,
 ) -> Suite:
     """The suite of a configuration, a preset's bare name or a suite file, with its tasks read.
@@ -183,7 +184,8 @@ def load_suite(
     Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
     table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
     are code of somebody's own (of a configuration that was asked when it was read). `typed`: the
-    user named the suite file, no other file did. `find_model` gives the folder of a router's
+    user named the suite file, no other file did. `split` is taken of a suite file in place of its
+    own. `find_model` gives the folder of a router's
     embedding that is none in `folder` (one of the hub).
     Raises ConfigError naming file and line on whatever is wrong.
     """
@@ -193,7 +195,7 @@ def load_suite(
         path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
         where = suite if is_bare_name(suite) else str(path)
         by_name = () if typed else (NamedFile("suite", path, folder),)
-        suite, folder = read_suite_config(path, trust_code=trust_code), path.parent
+        suite, folder = read_suite_config(path, split=split, trust_code=trust_code), path.parent
     if suite.harness is not None:
         return _with_harness(suite, suite.harness, folder, where)
     own = {

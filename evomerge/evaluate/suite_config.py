@@ -44,11 +44,12 @@ HARNESS = "lm-eval"
 _USUAL_RUBRIC = "jsonl-judge"
 
 # A suite of one's own adds to these of the suite that it is like, others it replaces.
-_MERGED = ("rubric", "by_category", "fields")
+_MERGED = ("rubric", "by_category", "fields", "splits")
 # Of these `null` takes back what the other says; in the mappings also of a single key.
 _TAKEN_BACK = (
     "by_category",
     "fields",
+    "splits",
     "only",
     "gates",
     "turns",
@@ -86,21 +87,31 @@ Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 class DataSource(_Strict):
     """Where tasks come from that are not beside the suite.
 
-    Files of the dataset repository `hub` (owner/name) at `revision`; without `hub` one that has to
-    be brought, and `source` says from where.
+    Files of the dataset repository `hub` (owner/name) at `revision`: those that are named, or those
+    of `split` in `config` (without one the default). Without `hub` a file that has to be brought,
+    and `source` says from where.
     """
 
-    file: Names
+    file: Names = ()
     hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     revision: Annotated[str, Field(min_length=1)] | None = None
+    config: Annotated[str, Field(min_length=1)] | None = None
+    split: Annotated[str, Field(min_length=1)] | None = None
     source: str | None = None
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> Self:
         if self.hub is None and self.source is None:
             raise ValueError("hub (owner/name) or source (where to get the file) is missing")
-        if self.hub is None and self.revision is not None:
-            raise ValueError("revision is that of a hub repository, and hub is missing")
+        for key in ("revision", "config", "split"):
+            if self.hub is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} is that of a hub repository, and hub is missing")
+        if self.hub is None and not self.file:
+            raise ValueError("file is missing: the name of what source has")
+        if self.file and (self.split or self.config):
+            raise ValueError("file or split (with config): each says which files; leave one out")
+        if not self.file and self.split is None:
+            raise ValueError("file (a name or several) or split (as split: test) is missing")
         outside = [name for name in self.file if ".." in Path(name).parts or name.startswith("/")]
         if self.hub is not None and outside:
             # The hub's cache would be left by it.
@@ -229,7 +240,9 @@ class SuiteConfig(_Strict):
     and scorers.
 
     `data` is a table (JSONL, CSV, TSV, Parquet, XLSX) or a `DataSource`; `join` adds columns from a
-    second one; `only` keeps the rows with these values. `id`, `input`, `reference` and `category`
+    second one; `only` keeps the rows with these values. `splits` are named ones of such rows, and
+    `split` is the one to take (once read, it stands in `only`), or that of a dataset of the hub
+    whose `data:` names no file. `id`, `input`, `reference` and `category`
     name its columns; `turns.0` is the first of a list. Without `id` the column "id", "task_id" or
     "question_id" is taken where there is one, else the row's number; without `category` all tasks
     are of one; `reference: null` means that there are none, and only tasks of the categories
@@ -265,7 +278,7 @@ class SuiteConfig(_Strict):
     ) = None
     harness: HarnessConfig | None = None
     join: JoinConfig | None = None
-    only: Mapping[str, str | int | tuple[str | int, ...]] = {}
+    only: Mapping[str, Any] = {}
     id: str | None = None
     input: str = "input"
     reference: str | None = "output"
@@ -303,7 +316,7 @@ class SuiteConfig(_Strict):
         folder = (info.context or {}).get("folder", Path())
         layers: _Layers = []
         try:
-            whole = _with_rubric(_complete(dict(content), folder, layers))
+            whole = _with_split(_with_rubric(_complete(dict(content), folder, layers)))
         except ConfigError as error:
             raise ValueError(str(error)) from error
         config = handler(whole)
@@ -327,6 +340,19 @@ class SuiteConfig(_Strict):
             if name not in known and not is_code(name):
                 raise ValueError(f"no scorer {name!r}{nearest(name, known)}")
         return scorer
+
+    @field_validator("only")
+    @classmethod
+    def _are_values(cls, only: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = {key: tuple(one) if isinstance(one, list) else one for key, one in only.items()}
+        for column, some in found.items():
+            for value in some if isinstance(some, tuple) and some else (some,):
+                if not isinstance(value, str | int | float):
+                    raise ValueError(
+                        f"{column}: should be a text, a number, true or false, or a list of such "
+                        f"(given: {shown(only[column])})"
+                    )
+        return found
 
     @field_validator("fields")
     @classmethod
@@ -384,12 +410,17 @@ class SuiteConfig(_Strict):
         return changed
 
 
-def read_suite_config(path: Path, *, trust_code: bool = False) -> SuiteConfig:
+def read_suite_config(
+    path: Path, *, split: str | None = None, trust_code: bool = False
+) -> SuiteConfig:
     """The configuration in the YAML file `path`; ConfigError names every wrong key at once.
 
-    `trust_code` allows scorers that are code of somebody's own.
+    `split` is taken in place of the file's. `trust_code` allows scorers that are code of somebody's
+    own.
     """
     content = _content(path)
+    if split is not None:
+        content["split"] = split
     return suite_from_mapping(content, path.parent, str(path), trust_code=trust_code)
 
 
@@ -465,6 +496,37 @@ def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
         return content
     path = locate(_USUAL_RUBRIC, "evaluators")
     return {**content, "rubric": _with_texts(_content(path), path.parent)["rubric"]}
+
+
+def _with_split(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with the rows, or the files of the hub, that its `split` is, for `split` itself.
+
+    Raises ConfigError where there is no such split.
+    """
+    splits, split = content.pop("splits", {}), content.pop("split", None)
+    if not isinstance(splits, Mapping) or not all(
+        isinstance(one, Mapping) for one in splits.values()
+    ):
+        raise ConfigError(
+            "splits: right is a mapping of names to rows, as of `only`: {dev: {year: [2023, 2024]}}"
+        )
+    if split is None:
+        return content
+    if split in splits:
+        only = content.get("only", {})
+        return {**content, "only": {**only, **splits[split]} if isinstance(only, Mapping) else only}
+    data = content.get("data")
+    if isinstance(data, Mapping) and data.get("hub") and not data.get("file"):
+        return {**content, "data": {**data, "split": split}}
+    known = (
+        nearest(str(split), splits)
+        if splits
+        else (
+            "; the suite has no `splits:` (as splits: {dev: {COLUMN: VALUE}}), and `data:` is no "
+            "dataset of the hub without a file"
+        )
+    )
+    raise ConfigError(f"split: there is no split {split!r}{known}")
 
 
 def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -610,7 +672,7 @@ _RIGHT = {
     "scorer": "should be a scorer's name, or several with their weights: {judge: 0.9, chrf: 0.1}",
     "router": "should be a table's file, or a mapping: {table: FILE, threshold: 0.2}",
     "join": "should be a mapping: {file: FILE, key: COLUMN}",
-    "only": "should be a mapping of columns to values: {split: test}",
+    "only": "should be a mapping of columns to values: {level: [3, 4]}",
     "gates": "should be a mapping of gates to highest grades: {language: 2}",
     "fields": "should be a mapping of names to columns: {eval_aspect: aspect}",
     "by_category": "should be a mapping of categories to settings: {math: {temperature: 0.1}}",
@@ -641,4 +703,4 @@ def _keys_at(location: Location) -> Sequence[str]:
 
 
 def _keys() -> list[str]:
-    return ["like", *SuiteConfig.model_fields]
+    return ["like", "splits", "split", *SuiteConfig.model_fields]

@@ -265,8 +265,11 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
+KINDS = tuple(_READERS)
+
+
 def _kinds() -> str:
-    return f"; right are {', '.join(_READERS)}"
+    return f"; right are {', '.join(KINDS)}"
 
 
 def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

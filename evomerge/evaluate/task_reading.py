@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from evomerge.errors import ConfigError
-from evomerge.evaluate.hub import dataset_file
+from evomerge.errors import ConfigError, nearest
+from evomerge.evaluate.hub import dataset_file, dataset_split
 from evomerge.evaluate.prompts import render_template
 from evomerge.evaluate.suite_config import DataSource, JoinConfig, SuiteConfig
 from evomerge.evaluate.tables import Row, cell, read_rows, text_in
@@ -66,17 +67,19 @@ def read_tasks(
 
 
 def _brought(source: DataSource, where: str) -> list[Path]:
-    files = ", ".join(source.file)
+    name = source.file[0] if source.file else "FILE"
     if source.hub is None:
         raise ConfigError(
-            f"{where}: its tasks do not ship; get {files} from {source.source}, then "
-            f"{_how_to_name(source.file[0], where)}"
+            f"{where}: its tasks do not ship; get {', '.join(source.file)} from {source.source}, "
+            f"then {_how_to_name(name, where)}"
         )
     try:
+        if source.split is not None:
+            return dataset_split(source.hub, source.revision, source.config, source.split)
         return [dataset_file(source.hub, source.revision, file) for file in source.file]
     except ConfigError as error:
         raise ConfigError(
-            f"{where}: {error}; with a copy of it, {_how_to_name(source.file[0], where)}"
+            f"{where}: {error}; with a copy of it, {_how_to_name(name, where)}"
         ) from error
 
 
@@ -88,20 +91,45 @@ def _how_to_name(file: str, where: str) -> str:
 
 def _kept(config: SuiteConfig, rows: Sequence[Row]) -> list[Row]:
     """The rows that `only:` keeps; ConfigError where none is left."""
-    wanted = {
-        column: {str(value) for value in (values if isinstance(values, tuple) else (values,))}
-        for column, values in config.only.items()
-    }
-    kept = [
-        row
-        for row in rows
-        if all(text_in(row, column, "only") in values for column, values in wanted.items())
-    ]
+    kept = list(rows)
+    for column, some in config.only.items():
+        wanted = some if isinstance(some, tuple) else (some,)
+        found = [cell(row, column, "only") for row in rows]
+        for value in wanted:
+            if not any(_is(one, value) for one in found):
+                known = dict.fromkeys(_written(one) for one in found)
+                raise ConfigError(
+                    f"{rows[0].where}: only: {column}: no row has {value!r}"
+                    f"{nearest(_written(value), known)}"
+                )
+        kept = [
+            row for row in kept if any(_is(cell(row, column, "only"), value) for value in wanted)
+        ]
     if not kept:
         raise ConfigError(
             f"{rows[0].where}: only: {dict(config.only)} keeps none of {len(rows)} rows"
         )
     return kept
+
+
+def _is(found: object, wanted: str | float) -> bool:
+    """Whether a cell has a value that `only:` names: 3 is 3.0 and "3", true is "True"."""
+    numbers = [
+        one for one in (found, wanted) if isinstance(one, int | float) and not isinstance(one, bool)
+    ]
+    if len(numbers) == 2:
+        return numbers[0] == numbers[1]
+    if isinstance(wanted, bool):
+        return _written(found).lower() == _written(wanted)
+    return _written(found) == _written(wanted)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _joined(join: JoinConfig, rows: Sequence[Row], beside: Path) -> list[Row]:

@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from evomerge.errors import ConfigError
+from evomerge.evaluate.hub_splits import files_of_split
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 READ = """
 import sys
@@ -19,9 +24,14 @@ from pathlib import Path
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import SuiteConfig, load_suite
 for file in sys.argv[1:]:
-    data = {"hub": "me/tasks", "revision": "1.0.0", "file": file.split("+")}
+    data = {"hub": "me/tasks", "revision": "1.0.0"}
+    suite = {"data": data}
+    if file.startswith("split="):
+        suite["split"] = file.removeprefix("split=")
+    else:
+        data["file"] = file.split("+")
     try:
-        suite = load_suite(SuiteConfig.model_validate({"data": data}), Path())
+        suite = load_suite(SuiteConfig.model_validate(suite), Path())
         print(*(task.reference for task in suite.tasks))
     except ConfigError as error:
         print(error)
@@ -53,7 +63,8 @@ def hub(files: Mapping[str, bytes]) -> Iterator[str]:
 
         def body(self, path: str) -> bytes | None:
             if path == "/api/datasets/me/tasks/revision/1.0.0":
-                return json.dumps({"id": "me/tasks", "sha": COMMIT}).encode()
+                siblings = [{"rfilename": name} for name in files]
+                return json.dumps({"id": "me/tasks", "sha": COMMIT, "siblings": siblings}).encode()
             return files.get(path.removeprefix("/datasets/me/tasks/resolve/1.0.0/"))
 
         def log_message(self, format: str, *arguments: object) -> None: ...
@@ -81,9 +92,62 @@ def test_the_files_of_a_dataset_are_fetched_and_read_again_without_the_hub(tmp_p
     files = {
         "test.csv": b"input,output\na,first\n",
         "data/more.csv": b"output,input\nsecond,b\n",
+        "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+        b"  - {split: test, path: test.csv}\n  - {split: all, path: ['*.csv', data/*.csv]}\n---\n",
     }
     with hub(files) as endpoint:
-        found, absent = read(tmp_path, endpoint, "test.csv+data/more.csv", "absent.csv")
+        found, whole, tset, absent = read(
+            tmp_path, endpoint, "test.csv+data/more.csv", "split=all", "split=tset", "absent.csv"
+        )
         assert found == "first second"
+        assert whole == "second first"  # by the files' names
+        assert "me/tasks at 1.0.0: there is no split 'tset'; did you mean 'test'?" in tset
         assert absent.startswith("suite: absent.csv of https://huggingface.co/datasets/me/tasks")
-    assert read(tmp_path, endpoint, "test.csv") == ["first"]
+    assert read(tmp_path, endpoint, "test.csv", "split=all") == ["first", "second first"]
+
+
+PARTS = ["data/train-00000-of-00001.parquet", "data/test-00000-of-00002.parquet"]
+PARTS.append("data/test-00001-of-00002.parquet")
+
+
+@pytest.mark.parametrize(
+    ("names", "card", "config", "split", "expected"),
+    [
+        (PARTS, "", None, "test", PARTS[1:]),
+        (["README.md", "a.csv", "b.csv"], "", None, "train", ["a.csv", "b.csv"]),
+        (["dev/x.jsonl", "test_x.jsonl", "x_eval.csv"], "", None, "validation", ["dev/x.jsonl"]),
+        (["dev/x.jsonl", "test_x.jsonl"], "", None, "test", ["test_x.jsonl"]),
+        (["data/gold-00000-of-00001.parquet"], "", None, "gold", 1),
+        (PARTS, "configs: [{config_name: a, data_files: [{split: s, path: data/test-*}]}]", None,
+         "s", PARTS[1:]),
+        (["ja/test.csv", "en/test.csv"],
+         "configs: [{config_name: ja, data_dir: ja}, {config_name: en, data_dir: en}]", "en",
+         "test", ["en/test.csv"]),
+        (["x/y/a.csv", "a.csv", "b.txt"], "configs: [{data_files: '**/a.csv'}]", None, "train", 2),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_split_are_found_as_the_hub_finds_them(
+    names: list[str], card: str, config: str | None, split: str, expected: list[str] | int
+) -> None:
+    card = f"---\n{card}\n---\n# Tasks\n" if card else "# Tasks\n"
+    found = files_of_split(names, card, config, split)
+    assert (len(found) if isinstance(expected, int) else found) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "card", "config", "split", "message"),
+    [
+        (PARTS, "", None, "tset", "no split 'tset'; did you mean 'test'"),
+        (PARTS, "", "ja", "test", "no config 'ja'; it has none"),
+        (["a.arrow"], "", None, "train", r"no file of it is a table of a split \(\.jsonl, "),
+        (["a.json"], "configs: [{data_files: a.json}]", None, "train", "in a.json; right are .jso"),
+        (PARTS[:2], "", None, "test", r"of data/test 1 of 2 parts are there"),
+        (PARTS, "configs: [{config_name: ja}, {config_name: en}]", None, "test", "ja or en"),
+        (PARTS, "configs: [{config_name: ja}]", "jp", "test", "no config 'jp'; .*ja"),
+    ],
+)
+def test_a_split_that_cannot_be_had_is_told(
+    names: list[str], card: str, config: str | None, split: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        files_of_split(names, f"---\n{card}\n---\n", config, split)

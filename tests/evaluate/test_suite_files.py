@@ -139,7 +139,8 @@ def test_the_columns_task_id_and_question_id_are_ids_without_being_named(tmp_pat
         (b"input,output\na,\nb,c\nd,\n", {}, r"t\.csv:2, line 4: 'output' .*is empty; `reference"),
         (b"input,output\n ,x\n", {}, r"t\.csv:2: 'input' .*is empty$"),
         (b"input,output\na,b\n", {"fields": {"aspect": "eval_aspekt"}}, "no column 'eval_aspekt'"),
-        (b"input,output\na,b\n", {"only": {"output": "c"}}, "keeps none of 1 rows"),
+        (b"input,output\na,b\n", {"only": {"output": "c"}}, "output: no row has 'c'; known are b"),
+        (b"input,output\na,b\nc,d\n", {"only": {"input": "a", "output": "d"}}, "none of 2 rows"),
         (b"input,output\na,b\n", {"by_category": {"x": {"top_p": 0.5}}}, "by_category: no task"),
         (b"id,input,output\n1,a,b\n1,c,d\n", {}, r"t\.csv:3: id '1' stands in line 2 too"),
     ],
@@ -236,6 +237,37 @@ def test_a_suite_like_japanese_mt_bench_may_have_questions_of_other_categories(
     with pytest.raises(ConfigError, match="by_category: no task is of category"):
         loaded(path, **like)
     assert loaded(path, by_category=None, **like).tasks[0].category == "law"
+
+
+def test_a_suites_splits_are_named_rows(tmp_path: Path) -> None:
+    rows = [
+        {"input": name, "output": "x", "year": year, "gold": gold}
+        for name, year, gold in (("a", 2023, True), ("b", 2024.0, False), ("c", 2025, True))
+    ]
+    write_table(tmp_path, ".jsonl", rows)
+    (tmp_path / "mine.yaml").write_text(
+        "{data: tasks.jsonl, only: {year: [2023, 2024, 2025]}, split: dev,"
+        " splits: {dev: {year: [2023, 2024]}, test: {year: 2025}, gold: {gold: true}}}"
+    )
+
+    def asked(**settings: object) -> str:
+        suite = loaded(tmp_path / "tasks.jsonl", like="mine.yaml", **settings)
+        return "".join(task.input for task in suite.tasks)
+
+    assert [asked(), asked(split="test"), asked(split="gold")] == ["ab", "c", "ac"]
+    assert [asked(split=None), asked(split="b", splits={"b": {"input": "b"}})] == ["abc", "b"]
+    assert [task.input for task in load_suite("mine.yaml", tmp_path, split="test").tasks] == ["c"]
+    with pytest.raises(ConfigError, match="split: there is no split 'tset'; did you mean 'test'"):
+        load_suite("mine.yaml", tmp_path, split="tset")
+    (tmp_path / "plain.yaml").write_text("data: tasks.jsonl")
+    with pytest.raises(ConfigError, match=r"no split 'dev'; the suite has no `splits:`"):
+        load_suite("plain.yaml", tmp_path, split="dev")
+
+
+def test_a_split_is_the_same_suite_as_its_rows_said_by_hand(tmp_path: Path) -> None:
+    path = write_table(tmp_path, ".csv", ROWS)
+    named = loaded(path, split="sums", splits={"sums": {"kind": "sum"}})
+    assert named.digest == loaded(path, only={"kind": "sum"}).digest
 
 
 def test_a_judge_without_a_rubric_is_told_what_jsonl_judge_tells_it(tmp_path: Path) -> None:
