@@ -7,24 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from evomerge.engine.base import Completion, Engine, GenerationSettings
-from evomerge.errors import ConfigError
+from evomerge.errors import CandidateError, ConfigError, RunError
 from evomerge.evaluate.gates import GATES, Gate, gates_of
 from evomerge.evaluate.likelihood import LikelihoodScorer, likelihoods
 from evomerge.evaluate.prompts import ask, uses_chat
 from evomerge.evaluate.scorers import Scorer
 from evomerge.evaluate.suite import Suite, continuations_of
 from evomerge.evaluate.task import (
+    AnsweredCandidateError,
+    AnsweredError,
+    AnsweredRunError,
     Grader,
     GradeRequest,
     GradingUnit,
     ScorerGrade,
     Task,
     TaskResult,
+    UngradedError,
 )
 
 Result = TypeVar("Result")
@@ -32,17 +36,28 @@ Result = TypeVar("Result")
 
 @dataclass
 class _Conversation:
-    """A task with what was asked and answered so far, turn by turn."""
+    """A task with what was asked and answered so far, turn by turn; `gates` where known before."""
 
     task: Task
     prompts: list[str] = field(default_factory=list)
     answers: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
     details: list[ScorerGrade] = field(default_factory=list)
+    gates: tuple[Gate, ...] | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(answer.text for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """The last answers of some conversations, on their way to a grader's grades."""
+
+    grader: str
+    asked: Sequence[_Conversation]
+    turn: int
+    grades: Future[list[ScorerGrade]]
 
 
 class Evaluation:
@@ -71,19 +86,54 @@ class Evaluation:
         So the engine is free for the next candidate, while graders still work: the future is done
         when they are. `attempt` 0 is answered as the suite says, each one above is another sample
         (`Suite.generation`). Raises CandidateError where the model writes nothing that can be
-        read, EngineDiedError where the engine is gone; the future, what graders raise.
+        read, EngineDiedError where the engine is gone. Where graders (in the future) or scorers
+        do not give what they should, AnsweredCandidateError or AnsweredRunError.
         """
         asked = [_Conversation(task) for task in self._suite.select(task_ids)]
-        waiting: list[tuple[list[_Conversation], Future[list[ScorerGrade]]]] = []
+        waiting: list[_Waiting] = []
         if self._suite.likelihood_scorers:
             self._weigh(asked)
         if not self._suite.generates:
             return when_all_done([], lambda: self._results(asked, waiting, attempt))
-        for turn in range(1 + max((len(one.task.turns) for one in asked), default=0)):
+        for turn in range(_turns(asked)):
             now = [one for one in asked if turn <= len(one.task.turns)]
-            # At once: the first turn is graded while the second is generated.
-            waiting += [(now, future) for future in self._answer_and_grade(now, attempt)]
-        pending = [future for _, future in waiting]
+            try:
+                # At once: the first turn is graded while the second is generated.
+                waiting += self._answer_and_grade(now, turn, attempt)
+            except RunError as error:
+                if any(len(one.answers) <= len(one.task.turns) for one in asked):
+                    raise
+                raise AnsweredRunError(str(error), self._ungraded(asked, attempt)) from error
+        pending = [one.grades for one in waiting]
+        return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
+
+    def grade(self, answers: Sequence[TaskResult], attempt: int = 0) -> Future[list[TaskResult]]:
+        """As `begin`, of tasks that are answered already and have no grades (`AnsweredError`)."""
+        tasks = self._suite.select([one.task_id for one in answers])
+        asked = [
+            _Conversation(
+                task,
+                seconds=one.seconds,
+                details=[
+                    each for each in one.details if each.scorer in self._suite.likelihood_scorers
+                ],
+                gates=tuple(gate for gate in GATES if gate in one.gates),
+            )
+            for task, one in zip(tasks, answers, strict=True)
+        ]
+        waiting: list[_Waiting] = []
+        for turn in range(_turns(asked)):
+            now = []
+            for one, known in zip(asked, answers, strict=True):
+                if turn > len(one.task.turns):
+                    continue
+                text = (*known.earlier, known.answer)[turn]
+                one.prompts.append(known.prompt)
+                one.answers.append(Completion(text, (), known.finish_reason, 0, known.version))
+                now.append(one)
+            self._score(now)
+            waiting += [self._grade_now(name, now, turn, attempt) for name in self._graders]
+        pending = [one.grades for one in waiting]
         return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
 
     def _weigh(self, asked: Sequence[_Conversation]) -> None:
@@ -113,8 +163,8 @@ class Evaluation:
                 one.answers.append(Completion(answer, (), "none", 0, engine.version))
 
     def _answer_and_grade(
-        self, asked: Sequence[_Conversation], attempt: int
-    ) -> list[Future[list[ScorerGrade]]]:
+        self, asked: Sequence[_Conversation], turn: int, attempt: int
+    ) -> list[_Waiting]:
         """The next turn of each, and what each grader will make of it.
 
         Graders get every answer as it is finished; those on the engine's GPU all of them after.
@@ -127,14 +177,21 @@ class Evaluation:
             }
             self._answer(asked, attempt, list(units.values()))
             self._score(asked)
-        futures = []
-        for name, grader in self._graders.items():
-            if name in units:
-                futures.append(units[name].future)
-                continue
-            with self._engine.resting():
-                futures.append(grader.grade_all([_request(one, attempt) for one in asked]))
-        return futures
+        return [
+            _Waiting(name, asked, turn, units[name].future)
+            if name in units
+            else self._grade_now(name, asked, turn, attempt)
+            for name in self._graders
+        ]
+
+    def _grade_now(
+        self, name: str, asked: Sequence[_Conversation], turn: int, attempt: int
+    ) -> _Waiting:
+        """The last answers of all, handed to a grader at once."""
+        grader = self._graders[name]
+        requests = [_request(one, attempt) for one in asked]
+        with self._engine.resting() if grader.needs_gpu else nullcontext():
+            return _Waiting(name, asked, turn, grader.grade_all(requests))
 
     def _answer(
         self, asked: Sequence[_Conversation], attempt: int, units: Sequence[GradingUnit]
@@ -172,25 +229,51 @@ class Evaluation:
                 one.details.append(ScorerGrade(name, grade, turn=turn))
 
     def _results(
-        self,
-        asked: Sequence[_Conversation],
-        waiting: Sequence[tuple[Sequence[_Conversation], Future[list[ScorerGrade]]]],
-        attempt: int,
+        self, asked: Sequence[_Conversation], waiting: Sequence[_Waiting], attempt: int
     ) -> list[TaskResult]:
-        for conversations, future in waiting:
-            for one, grade in zip(conversations, future.result(), strict=True):
+        """The results, once all graders are done. Raises what `begin` says."""
+        errors: list[CandidateError | RunError] = []
+        for some in waiting:
+            none = ScorerGrade(some.grader, None, turn=some.turn)
+            grades: Sequence[ScorerGrade] = [none] * len(some.asked)
+            try:
+                grades = some.grades.result()
+            except UngradedError as error:
+                grades = error.grades
+                errors.append(error)
+            except (CandidateError, RunError) as error:
+                errors.append(error)
+            for one, grade in zip(some.asked, grades, strict=True):
                 one.details.append(grade)
+        if errors:
+            raise self._answered(errors, asked, attempt)
         return [self._result(one, attempt) for one in asked]
 
-    def _result(self, one: _Conversation, attempt: int) -> TaskResult:
+    def _answered(
+        self,
+        errors: Sequence[CandidateError | RunError],
+        asked: Sequence[_Conversation],
+        attempt: int,
+    ) -> AnsweredError:
+        """What to raise of several errors: what stops the run goes first."""
+        answers = self._ungraded(asked, attempt)
+        for error in errors:
+            if isinstance(error, RunError):
+                return AnsweredRunError(str(error), answers)
+        return AnsweredCandidateError(str(errors[0]), answers)
+
+    def _ungraded(self, asked: Sequence[_Conversation], attempt: int) -> list[TaskResult]:
+        return [self._result(one, attempt, graded=False) for one in asked]
+
+    def _result(self, one: _Conversation, attempt: int, *, graded: bool = True) -> TaskResult:
         last = one.answers[-1]
-        gates = self._gates(one)
+        gates = self._gates(one) if one.gates is None else one.gates
         return TaskResult(
             task_id=one.task.id,
             prompt=one.prompts[-1],
             answer=last.text,
             finish_reason=last.finish_reason,
-            grade=self._gated(self._grade(one.details), gates),
+            grade=self._gated(self._grade(one.details), gates) if graded else None,
             seconds=one.seconds,
             version=last.version,
             attempt=attempt,
@@ -300,6 +383,10 @@ def when_all_done(pending: Sequence[Future[Any]], outcome: Callable[[], Result])
     if not pending:
         settle()
     return joined
+
+
+def _turns(asked: Sequence[_Conversation]) -> int:
+    return 1 + max((len(one.task.turns) for one in asked), default=0)
 
 
 def _grader(name: str, graders: Mapping[str, Grader]) -> Grader:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from evomerge.database import Database
-from evomerge.errors import CandidateError, RunError
+from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.judge_client import Account, JudgeClient, RefusedError, Reply
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
 from evomerge.evaluate.judge_reply import read_verdict
@@ -23,7 +23,7 @@ from evomerge.evaluate.local_judge import Sleeper, served
 from evomerge.evaluate.loop_thread import LoopThread
 from evomerge.evaluate.replies import Asked, Given, Known, Replies
 from evomerge.evaluate.rubric import Rubric
-from evomerge.evaluate.task import GradeRequest, ScorerGrade, Usage
+from evomerge.evaluate.task import GradeRequest, ScorerGrade, UngradedError, Usage
 
 __all__ = ["Judge", "Rubric", "Seat", "open_judge"]
 
@@ -75,33 +75,34 @@ class _Begun:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer with its place in its unit, and what is asked about it."""
+    """An answer with its place in its unit, and what is asked about it, or why nothing can be."""
 
     place: int
     item: GradeRequest
-    questions: Sequence[_Question]
+    questions: Sequence[_Question] = ()
+    fault: str | None = None
 
 
 class _Unit:
     """The answers of a unit on their way to the judge (`evaluate.task.GradingUnit`).
 
-    `questions` has those about an answer; `grade` grades what comes out of a queue, until None.
+    `answer` makes one of its place and its request; `grade` grades what comes out of a queue, until
+    None.
     """
 
     def __init__(
         self,
         thread: LoopThread,
-        questions: Callable[[GradeRequest], Sequence[_Question]],
+        answer: Callable[[int, GradeRequest], _Answer],
         grade: Callable[[_Queue], Coroutine[Any, Any, list[ScorerGrade]]],
     ) -> None:
         self._thread = thread
-        self._questions = questions
+        self._answer = answer
         self._queue: _Queue = asyncio.Queue()
         self.future = thread.submit(grade(self._queue))
 
     def add(self, place: int, item: GradeRequest) -> None:
-        answer = _Answer(place, item, self._questions(item))
-        self._thread.call(self._queue.put_nowait, answer)
+        self._thread.call(self._queue.put_nowait, self._answer(place, item))
 
     def end(self) -> None:
         self._thread.call(self._queue.put_nowait, None)
@@ -151,11 +152,11 @@ class Judge:
     def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
         """A grade per item, in their order; see `evaluate.task.Grader`.
 
-        The future raises CandidateError where more than 2 % of the answers, and more than one, have
+        The future raises UngradedError where more than 2 % of the answers, and more than one, have
         no grade; RunError where the judge cannot be reached or a limit of its cost is reached. No
         call that was paid is lost by either.
         """
-        answers = [_Answer(place, item, self._questions(item)) for place, item in enumerate(items)]
+        answers = [self._answer(place, item) for place, item in enumerate(items)]
         if not self._sleepers or self._all_known(answers):
             return self._thread.submit(self._grade_all(answers))
         with ExitStack() as asleep_again:
@@ -170,7 +171,7 @@ class Judge:
     def unit(self) -> Iterator[_Unit]:
         """See `evaluate.task.Grader`; grades and errors are those of `grade_all`."""
         assert not self._sleepers
-        unit = _Unit(self._thread, self._questions, self._grade_queue)
+        unit = _Unit(self._thread, self._answer, self._grade_queue)
         try:
             yield unit
         except BaseException:
@@ -190,6 +191,13 @@ class Judge:
         self._thread.close()
         self._writer.shutdown()
         self._replies.close()
+
+    def _answer(self, place: int, item: GradeRequest) -> _Answer:
+        try:
+            return _Answer(place, item, self._questions(item))
+        except ConfigError as error:
+            # The rubric was filled for every task before the run: this is the answer's doing.
+            return _Answer(place, item, fault=str(error))
 
     def _questions(self, item: GradeRequest) -> list[_Question]:
         """Every grading that one answer gets; none where it is empty and that has its grade."""
@@ -238,10 +246,11 @@ class Judge:
         graded = []
         for one in answers:
             pairs = [(each, opinions[each.asked.key]) for each in one.questions]
-            graded.append(self._grade(one.item, pairs))
+            graded.append(self._grade(one, pairs))
             # Equal answers are one call, which is paid for once.
             opinions |= {each.asked.key: opinion.for_free() for each, opinion in pairs}
-        self._refuse_too_many_unscored(graded, list(opinions.values()))
+        faults = [one.fault for one in answers if one.fault is not None]
+        self._refuse_too_many_unscored(graded, list(opinions.values()), faults)
         return graded
 
     def _begin(self, questions: Sequence[_Question], begun: _Begun) -> None:
@@ -263,7 +272,7 @@ class Judge:
                 begun.others.add(key)
                 begun.calls[key] = self._calls[key]
             else:
-                begun.calls[key] = self._begin_call(question, found.failures)
+                begun.calls[key] = self._begin_call(question, found)
 
     async def _opinions(self, begun: _Begun) -> dict[str, _Opinion]:
         """key -> opinion: those that are known, then those that are asked for."""
@@ -280,9 +289,9 @@ class Judge:
             for key, opinion in given.items()
         }
 
-    def _begin_call(self, question: _Question, failures: int) -> asyncio.Task[_Opinion]:
+    def _begin_call(self, question: _Question, known: Known) -> asyncio.Task[_Opinion]:
         key = question.asked.key
-        call = asyncio.create_task(self._ask(question, failures))
+        call = asyncio.create_task(self._ask(question, known))
         self._calls[key] = call
 
         def done(_: asyncio.Task[_Opinion]) -> None:
@@ -293,11 +302,11 @@ class Judge:
         call.add_done_callback(done)
         return call
 
-    async def _ask(self, question: _Question, failures: int) -> _Opinion:
-        """Asks until a reply has a grade; `failures` replies without one are there already."""
+    async def _ask(self, question: _Question, known: Known) -> _Opinion:
+        """Asks until a reply has a grade; those without one that are `known` count, too."""
         rubric, client = self._rubric, self._client(question.seat)
-        usage = Usage(0, 0)
-        for number in range(failures, _TRIES):
+        usage, text = Usage(0, 0), known.reply
+        for number in range(known.failures, _TRIES):
             prompt = question.asked.prompt
             if number:
                 # At temperature 0 the same words would get the same reply.
@@ -308,15 +317,15 @@ class Judge:
             try:
                 reply = await client.ask(prompt, rubric.schema)
             except RefusedError as error:
-                return _Opinion(None, refused=str(error))
+                return _Opinion(None, f"[{error}]", refused=str(error))
             given = self._given(reply)
             await asyncio.get_running_loop().run_in_executor(
                 self._writer, self._replies.add, question.asked, given
             )
-            usage = _sum(usage, reply)
+            usage, text = _sum(usage, reply), reply.text
             if given.grade is not None:
-                return _Opinion(given.grade, reply.text, usage)
-        return _Opinion(None, usage=usage)
+                return _Opinion(given.grade, text, usage)
+        return _Opinion(None, text, usage)
 
     def _given(self, reply: Reply) -> Given:
         # What was cut may have ended in a number that is no grade.
@@ -333,10 +342,10 @@ class Judge:
             cost=reply.cost,
         )
 
-    def _grade(
-        self, item: GradeRequest, opinions: Sequence[tuple[_Question, _Opinion]]
-    ) -> ScorerGrade:
-        turn = len(item.earlier)
+    def _grade(self, one: _Answer, opinions: Sequence[tuple[_Question, _Opinion]]) -> ScorerGrade:
+        turn = len(one.item.earlier)
+        if one.fault is not None:
+            return ScorerGrade(self.name, None, f"[not asked: {one.fault}]", turn=turn)
         if not opinions:
             return ScorerGrade(self.name, self._rubric.empty, turn=turn)
         by_judge: dict[Seat, list[float]] = {}
@@ -352,9 +361,9 @@ class Judge:
         )
 
     def _refuse_too_many_unscored(
-        self, graded: Sequence[ScorerGrade], opinions: Sequence[_Opinion]
+        self, graded: Sequence[ScorerGrade], opinions: Sequence[_Opinion], faults: Sequence[str]
     ) -> None:
-        """Raises CandidateError where the score would rest on too few answers.
+        """Raises UngradedError where the score would rest on too few answers.
 
         RunError where the judge took no question at all: that is no matter of one candidate.
         """
@@ -364,10 +373,11 @@ class Judge:
         unscored = sum(one.grade is None for one in graded)
         allowed = max(1, int(_UNSCORED_SHARE * len(graded)))
         if unscored > allowed:
-            why = f": {refused[-1]}" if refused else ": the judge's replies hold no grade"
-            raise CandidateError(
+            why = next(reversed([*faults, *refused]), "the judge's replies hold no grade")
+            raise UngradedError(
                 f"{unscored} of {len(graded)} answers could not be graded, "
-                f"{allowed} at most may be left out{why}"
+                f"{allowed} at most may be left out: {why}",
+                graded,
             )
 
     def _client(self, seat: Seat) -> JudgeClient:

@@ -36,20 +36,51 @@ def record(
     event_id: int,
     unit: UnitKey,
     results: Sequence[TaskResult],
+    *,
+    counts: bool = True,
 ) -> None:
     """Writes the answers and grades of the unit that event `event_id` ends.
 
-    Within the caller's transaction, so that they are there with the event or not at all.
+    Within the caller's transaction, so that they are there with the event or not at all. With
+    `counts` False they have no grade of their own, only what it would be made of: no score knows
+    them, and they make way for answers to the same tasks that do count.
     """
+    _make_way(connection, study_id, unit, [result.task_id for result in results])
     rows = [_answer_row(study_id, event_id, unit, result) for result in results]
     connection.execute(sql.insert(answers), rows)
     # Read back by task: RETURNING would make SQLAlchemy send 100 answers to SQLite one by one.
     query = sql.select(answers.c.task, answers.c.id).where(answers.c.event_id == event_id)
     ids = {row.task: row.id for row in connection.execute(query)}
     graded = [
-        row for result in results for row in _grade_rows(ids[result.task_id], unit.scorer, result)
+        row
+        for result in results
+        for row in _grade_rows(ids[result.task_id], unit.scorer, result)
+        if counts or not row["total"]
     ]
-    connection.execute(sql.insert(grades), graded)
+    if graded:
+        connection.execute(sql.insert(grades), graded)
+
+
+def _make_way(
+    connection: sql.Connection, study_id: int, unit: UnitKey, tasks: Sequence[str]
+) -> None:
+    """Deletes the answers to these tasks that do not count."""
+    found = sql.select(answers.c.id).where(
+        answers.c.study_id == study_id,
+        answers.c.candidate == unit.candidate,
+        answers.c.attempt == unit.attempt,
+        answers.c.task.in_(tasks),
+        ~does_count(),
+    )
+    ids = connection.scalars(found).all()
+    if ids:
+        connection.execute(sql.delete(grades).where(grades.c.answer_id.in_(ids)))
+        connection.execute(sql.delete(answers).where(answers.c.id.in_(ids)))
+
+
+def does_count() -> sql.ColumnElement[bool]:
+    """Whether an answer is one of those that a score is made of: it has a grade, or is unscored."""
+    return sql.exists().where(grades.c.answer_id == answers.c.id, grades.c.total)
 
 
 def record_evaluation(database: Database, unit: UnitKey, results: Sequence[TaskResult]) -> None:
@@ -126,7 +157,7 @@ def gate_counts(
     """How many answers a study (or one candidate of it) has, and gate -> how many it closed for."""
     query = (
         sql.select(answers.c.gates, sql.func.count())
-        .where(answers.c.study_id == study_id)
+        .where(answers.c.study_id == study_id, does_count())
         .group_by(answers.c.gates)
     )
     if candidate is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sql
 
-from evomerge.schema import answers, grades
+from evomerge.evaluate.task import ScorerGrade, TaskResult
+from evomerge.schema import answers, events, grades
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LedgerRow:
 
     `candidate` is "trial 17", "base" …, outside of a study a model; `settings` how it was
     generated; `grade` None where it is unscored; `parts` what the grade is made of; `seconds` its
-    share of the call that generated its unit.
+    share of the call that generated its unit. `reason`: why it has no part in any score.
     """
 
     candidate: str
@@ -50,6 +51,27 @@ class LedgerRow:
     version: str
     recipe_digest: str
     suite_digest: str
+    reason: str | None = None
+
+    def to_result(self) -> TaskResult:
+        """The answer as it was written to the ledger."""
+        return TaskResult(
+            task_id=self.task,
+            prompt=self.prompt,
+            answer=self.answer,
+            finish_reason=self.finish_reason,
+            grade=self.grade,
+            seconds=self.seconds,
+            version=self.version,
+            attempt=self.attempt,
+            details=tuple(
+                ScorerGrade(part.scorer, part.grade, part.reply, turn=part.turn)
+                for part in self.parts
+            ),
+            gates=self.gates,
+            earlier=self.earlier,
+            settings=self.settings,
+        )
 
 
 def ledger_rows(
@@ -79,11 +101,30 @@ def ledger_rows(
     by_answer: dict[int, list[Any]] = {}
     for grade in connection.execute(of_grades):
         by_answer.setdefault(grade.answer_id, []).append(grade)
-    return [_row(answer, by_answer.get(answer.id, [])) for answer in connection.execute(of_answers)]
+    found = connection.execute(of_answers).all()
+    reasons = _reasons(connection, found, by_answer)
+    return [_row(answer, by_answer.get(answer.id, []), reasons) for answer in found]
 
 
-def _row(answer: Any, graded: Sequence[Any]) -> LedgerRow:
-    total = next(grade for grade in graded if grade.total)
+def _reasons(
+    connection: sql.Connection, found: Sequence[Any], by_answer: Mapping[int, Sequence[Any]]
+) -> dict[int, str]:
+    """Event -> why its answers do not count, of those without a grade of their own."""
+    idle = {
+        answer.event_id
+        for answer in found
+        if not any(grade.total for grade in by_answer.get(answer.id, []))
+    }
+    query = sql.select(events.c.id, events.c.payload).where(events.c.id.in_(idle))
+    return {
+        event: str(json.loads(payload).get("reason", ""))
+        for event, payload in connection.execute(query)
+    }
+
+
+def _row(answer: Any, graded: Sequence[Any], reasons: Mapping[int, str]) -> LedgerRow:
+    total = next((grade for grade in graded if grade.total), None)
+    scorers = dict.fromkeys(grade.scorer for grade in graded)
     return LedgerRow(
         candidate=answer.candidate,
         task=answer.task,
@@ -93,8 +134,8 @@ def _row(answer: Any, graded: Sequence[Any]) -> LedgerRow:
         answer=answer.answer,
         finish_reason=answer.finish_reason,
         gates=tuple(json.loads(answer.gates or "[]")),
-        scorer=total.scorer,
-        grade=total.grade,
+        scorer=total.scorer if total else " + ".join(scorers),
+        grade=total.grade if total else None,
         parts=tuple(
             PartGrade(
                 scorer=grade.scorer,
@@ -113,4 +154,5 @@ def _row(answer: Any, graded: Sequence[Any]) -> LedgerRow:
         version=answer.version,
         recipe_digest=answer.recipe_digest,
         suite_digest=answer.suite_digest,
+        reason=None if total else reasons.get(answer.event_id),
     )

@@ -27,6 +27,13 @@ class Chat:
     template: str | None = None
 
 
+# RuntimeError: a macro that calls itself without end.
+_OF_EXPRESSIONS = (
+    *(TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, AssertionError, RuntimeError),
+)
+
+
 def render_template(template: str, fields: Mapping[str, object], where: str) -> str:
     """The jinja text `template` filled with `fields`, in jinja's sandbox.
 
@@ -35,7 +42,7 @@ def render_template(template: str, fields: Mapping[str, object], where: str) -> 
     try:
         return _compiled(template).render(fields)
     # The sandbox's own refusals are TemplateErrors; the rest is what an expression can do wrong.
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (TemplateError, *_OF_EXPRESSIONS) as error:
         known = ", ".join(sorted(fields))
         raise ConfigError(f"{where}: prompt: {error} (the template may use: {known})") from error
 

@@ -52,7 +52,10 @@ class Given:
 
 @dataclass
 class Known:
-    """What is kept under a key: the grade with its reply, and how many replies had none."""
+    """What is kept under a key: the grade with its reply, and how many replies had none.
+
+    Without a grade the reply is the last one.
+    """
 
     grade: float | None = None
     reply: str = ""
@@ -126,9 +129,8 @@ class Replies:
                 some = keys[start : start + _KEYS_AT_ONCE]
                 for key, grade, reply in connection.execute(_OF_KEYS, {"keys": some}):
                     known = found.setdefault(key, Known())
-                    if grade is None:
-                        known.failures += 1
-                    elif known.grade is None:
+                    known.failures += grade is None
+                    if known.grade is None:
                         known.grade, known.reply = grade, reply
         return found
 

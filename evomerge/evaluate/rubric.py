@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.evaluate.ledger import storable
 from evomerge.evaluate.prompts import render_template
 from evomerge.evaluate.task import GradeRequest
 
@@ -37,7 +38,7 @@ class Rubric:
         }
 
     def question(self, request: GradeRequest) -> str:
-        """The prompt about one answer. Raises ConfigError where the template is faulty."""
+        """The prompt about one answer. Raises ConfigError where the template fails for it."""
         task = request.task
         users = (task.user, *task.turns)
         answers = (*request.earlier, request.answer)
@@ -53,4 +54,5 @@ class Rubric:
                 for user, answer in zip(users, answers, strict=False)
             ],
         }
-        return render_template(self.prompt, fields, f"{self.where}: judge")
+        # Halves of surrogates can be sent nowhere; they would end the run.
+        return storable(render_template(self.prompt, fields, f"{self.where}: judge"))

@@ -300,7 +300,10 @@ def _check_rubric(suite: Suite) -> None:
     """Raises ConfigError where the judge's prompt cannot be made of one of the tasks."""
     if suite.rubric is not None:
         for task in suite.tasks:
-            suite.rubric.question(GradeRequest(task, "an answer", attempt=0))
+            for turn in range(1 + len(task.turns)):
+                earlier = ("an answer",) * turn
+                request = GradeRequest(task.at_turn(turn), "an answer", 0, earlier)
+                suite.rubric.question(request)
 
 
 def _check_gates(suite: Suite) -> None:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from evomerge.errors import CandidateError, EvomergeError, RunError
+
 
 @dataclass(frozen=True)
 class Task:
@@ -52,7 +54,8 @@ class Usage:
 class ScorerGrade:
     """What one scorer gave one answer, in its own range; None where it could not grade it.
 
-    `reply` is a judge's raw text; `turn` the turn of the conversation that was graded, from 0.
+    `reply` is a judge's raw text, in brackets why there is none; `turn` the turn of the
+    conversation that was graded, from 0.
     """
 
     scorer: str
@@ -99,6 +102,30 @@ class GradeRequest:
     earlier: tuple[str, ...] = ()
 
 
+class UngradedError(CandidateError):
+    """Too many answers of a unit have no grade; `grades` are those of all, in their order."""
+
+    def __init__(self, words: str, grades: Sequence[ScorerGrade]) -> None:
+        super().__init__(words)
+        self.grades = tuple(grades)
+
+
+class AnsweredError(EvomergeError):
+    """A unit has no score; its `answers` are there all the same, in the order of its tasks."""
+
+    def __init__(self, words: str, answers: Sequence[TaskResult]) -> None:
+        super().__init__(words)
+        self.answers = tuple(answers)
+
+
+class AnsweredCandidateError(AnsweredError, CandidateError):
+    """It is the candidate's own fault."""
+
+
+class AnsweredRunError(AnsweredError, RunError):
+    """The run must stop; when it goes on the answers need grades alone."""
+
+
 class GradingUnit(Protocol):
     """Answers that are graded as they come; `future` is as that of `Grader.grade_all`."""
 
@@ -123,7 +150,7 @@ class Grader(Protocol):
     def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
         """A grade per item, in their order: at once a future, later its result.
 
-        What cannot be graded has the grade None. The future raises CandidateError where too much
+        What cannot be graded has the grade None. The future raises UngradedError where too much
         of a candidate cannot, RunError where the run must stop.
         """
 

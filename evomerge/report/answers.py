@@ -86,6 +86,7 @@ _COLUMN_TYPES = {
     "gates": "string",
     "scorer": "string",
     "grade": "Float64",
+    "reason": "string",
     "parts": "string",
     "prompt_tokens": "Int64",
     "completion_tokens": "Int64",
@@ -149,7 +150,9 @@ def _answer(row: LedgerRow) -> Text:
 def _grade(row: LedgerRow) -> Text:
     """The grade, what it is made of, what is wrong on its face, and the judge's words."""
     lines = [score_text(row.grade) if row.grade is not None else "unscored"]
-    if len(row.parts) > 1:
+    if row.reason is not None:
+        lines = [f"no grade that counts: {row.reason}"]
+    if len(row.parts) > 1 or row.reason is not None:
         several = ", ".join(f"{part.scorer} {score_text(part.grade)}" for part in row.parts)
         lines.append(several)
     if row.gates:

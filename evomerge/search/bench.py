@@ -37,6 +37,9 @@ class Evaluator(Protocol):
         the future does: a judge that cannot be reached).
         """
 
+    def grade(self, answers: Sequence[TaskResult], attempt: int) -> Future[list[TaskResult]]:
+        """As `begin`, of a unit that is answered already and has no grades."""
+
 
 # Opens the engine of a study; the evaluator adds what it spends to the TimeSplit.
 OpenEvaluator: TypeAlias = Callable[[ResolvedStudy, TimeSplit], AbstractContextManager[Evaluator]]
@@ -91,6 +94,14 @@ class Bench:
             self._watch.add("switch", self._split.switching - before.switching)
             self._watch.add("generate", self._split.generation - before.generation)
             self._watch.add("score", self._split.scoring - before.scoring)
+
+    def grade(self, answers: Sequence[TaskResult], attempt: int) -> Future[list[TaskResult]]:
+        """`Evaluator.grade`."""
+        assert self._evaluator is not None
+        before = self._split.scoring
+        results = self._evaluator.grade(answers, attempt)
+        self._watch.add("score", self._split.scoring - before)
+        return results
 
     def _attempt(
         self, recipe: Recipe, task_ids: Sequence[str], attempt: int

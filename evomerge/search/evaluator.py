@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
-from evomerge.evaluate.evaluation import evaluation_of, when_all_done
+from evomerge.evaluate.evaluation import Evaluation, evaluation_of, when_all_done
 from evomerge.evaluate.graders import open_graders, shares_gpu
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
-from evomerge.search.held_out import HeldOutSuite, renamed
+from evomerge.search.held_out import HeldOutSuite, answers_renamed, renamed
 from evomerge.search.resolve import ResolvedStudy, engine_name
 from evomerge.search.storage import SCRATCH, database_url
 
@@ -78,8 +78,9 @@ class EngineEvaluator:
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
         if self.held_out is not None and self.held_out.has(task_ids):
             evaluation = evaluation_of(self.engine, self.held_out.suite, self.held_out_graders)
-            own = evaluation.begin(self.held_out.own_ids(task_ids), attempt)
-            results = when_all_done([own], lambda: renamed(own.result()))
+            with answers_renamed():
+                own = evaluation.begin(self.held_out.own_ids(task_ids), attempt)
+            results = _renamed_later(own)
         else:
             evaluation = evaluation_of(self.engine, self.suite, self.graders)
             results = evaluation.begin(task_ids, attempt)
@@ -88,6 +89,31 @@ class EngineEvaluator:
         self.split.generation += evaluation.generation_seconds
         self.split.scoring += end - loaded - evaluation.generation_seconds
         return results
+
+    def grade(self, answers: Sequence[TaskResult], attempt: int) -> Future[list[TaskResult]]:
+        """The grades of tasks that are answered (`Evaluator.grade`); the engine rests or waits."""
+        start = time.perf_counter()
+        task_ids = [answer.task_id for answer in answers]
+        if self.held_out is not None and self.held_out.has(task_ids):
+            evaluation = Evaluation(self.engine, self.held_out.suite, self.held_out_graders)
+            names = self.held_out.own_ids(task_ids)
+            own = [replace(one, task_id=name) for one, name in zip(answers, names, strict=True)]
+            results = _renamed_later(evaluation.grade(own, attempt))
+        else:
+            evaluation = Evaluation(self.engine, self.suite, self.graders)
+            results = evaluation.grade(answers, attempt)
+        self.split.scoring += time.perf_counter() - start
+        return results
+
+
+def _renamed_later(own: Future[list[TaskResult]]) -> Future[list[TaskResult]]:
+    """The results of a second suite's tasks, or its error with answers, as the search has them."""
+
+    def outcome() -> list[TaskResult]:
+        with answers_renamed():
+            return renamed(own.result())
+
+    return when_all_done([own], outcome)
 
 
 class Evaluators:

@@ -14,7 +14,8 @@ from evomerge.search.history import Measurement, Part, Payload
 class Event:
     """One event as it is to be written; `once` names what may happen only once in a study.
 
-    `unit` and `results` are the answers that belong to it, for the ledger.
+    `unit` and `results` are the answers that belong to it, for the ledger; with `counts` False they
+    have no part in any score.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Event:
     once: str | None = None
     unit: UnitKey | None = None
     results: Sequence[TaskResult] = ()
+    counts: bool = True
 
 
 def begun(payload: Payload) -> Event:
@@ -121,11 +123,32 @@ def failed(
     part: Part,
     reason: str,
     seconds: Mapping[str, float],
+    *,
     engine_died: bool = False,
+    kept: tuple[UnitKey, Sequence[TaskResult]] | None = None,
 ) -> Event:
-    """A candidate could not be scored, for a reason of its own, or killed the engine twice."""
-    payload = {"candidate": candidate, "part": part, "reason": reason, "seconds": dict(seconds)}
-    return Event("failed", {**payload, "engine_died": engine_died})
+    """A candidate could not be scored, for a reason of its own, or killed the engine twice.
+
+    `kept` are its answers, where it has any.
+    """
+    payload: dict[str, object] = {
+        "candidate": candidate,
+        "part": part,
+        "reason": reason,
+        "seconds": dict(seconds),
+        "engine_died": engine_died,
+    }
+    if kept is None:
+        return Event("failed", payload)
+    unit, answers = kept
+    payload["attempt"] = unit.attempt
+    return Event("failed", payload, unit=unit, results=answers, counts=False)
+
+
+def answered(part: Part, reason: str, unit: UnitKey, answers: Sequence[TaskResult]) -> Event:
+    """A unit was answered, and the run ends before it is graded."""
+    payload = {"candidate": unit.candidate, "part": part, "attempt": unit.attempt, "reason": reason}
+    return Event("answered", payload, unit=unit, results=answers, counts=False)
 
 
 def futile(candidate: str, reason: str) -> Event:

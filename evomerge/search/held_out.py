@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import Suite
-from evomerge.evaluate.task import Task, TaskResult
+from evomerge.evaluate.task import AnsweredError, Task, TaskResult
 
 # Suites number their tasks alike.
 _PREFIX = "holdout/"
@@ -58,6 +59,16 @@ def name_of(task_id: str) -> str:
 def renamed(results: Sequence[TaskResult]) -> list[TaskResult]:
     """Results of a second suite's tasks, under the names that the search calls them by."""
     return [replace(result, task_id=name_of(result.task_id)) for result in results]
+
+
+@contextmanager
+def answers_renamed() -> Iterator[None]:
+    """In the block also the answers that come with an error get the names of `renamed`."""
+    try:
+        yield
+    except AnsweredError as error:
+        error.answers = tuple(renamed(error.answers))
+        raise
 
 
 def _content(task: Task) -> tuple[object, ...]:

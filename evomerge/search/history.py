@@ -58,6 +58,7 @@ class History:
     genomes of candidates that are no trials. `tasks` are those of a generation; None: all.
     `futile` are the candidates that were stopped before the end of their tasks, and why. `pools`
     and `choices` go by the number of blocks that had been told. `spent` counts the tasks paid for.
+    `answered` are units whose answers are kept without grades: (candidate, part, attempt).
     """
 
     begun: Payload | None = None
@@ -80,6 +81,7 @@ class History:
     engine_deaths: list[tuple[str, Part]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     spent: int = 0
+    answered: set[tuple[str, Part, int]] = field(default_factory=set)
 
     def apply(self, kind: str, payload: Payload) -> None:
         """Takes one more event into account; kinds of a later version's making are passed over."""
@@ -175,15 +177,21 @@ class History:
         self.scores[key] = measurement if before is None else before.plus(measurement)
         self.failures.pop(key, None)
         self.engine_deaths.clear()
+        self.answered.discard((*key, payload["attempt"]))
         self.spent += payload["tasks"]
         self._spend(payload["seconds"])
 
     def _on_failed(self, payload: Payload) -> None:
         key = (payload["candidate"], payload["part"])
         self.failures[key] = payload["reason"]
+        if "attempt" in payload:
+            self._on_answered(payload)
         if payload.get("engine_died"):
             self.engine_deaths.append(key)
         self._spend(payload["seconds"])
+
+    def _on_answered(self, payload: Payload) -> None:
+        self.answered.add((payload["candidate"], payload["part"], payload["attempt"]))
 
     def _on_futile(self, payload: Payload) -> None:
         self.futile[payload["candidate"]] = payload

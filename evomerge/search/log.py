@@ -16,6 +16,7 @@ import sqlalchemy as sql
 from evomerge.database import Database, stops_the_run
 from evomerge.evaluate.ledger import (
     Answered,
+    UnitKey,
     all_grades,
     answered_by,
     gate_counts,
@@ -24,6 +25,7 @@ from evomerge.evaluate.ledger import (
 )
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.replies import JudgeUsage, usage_of
+from evomerge.evaluate.task import TaskResult
 from evomerge.schema import events, studies
 from evomerge.search.events import Event
 from evomerge.search.history import History, Measurement, Part, Payload, trial_label
@@ -117,6 +119,19 @@ class EventLog:
         with self._database.connect() as connection:
             return ledger_rows(connection, self._study_id, candidates, tasks)
 
+    def kept_answers(self, unit: UnitKey, tasks: Sequence[str]) -> list[TaskResult] | None:
+        """A unit's answers to these tasks, in their order, that no run had graded.
+
+        None unless all are there.
+        """
+        known = {
+            row.task: row.to_result()
+            for row in self.rows([unit.candidate], tasks)
+            if (row.attempt, row.recipe_digest, row.suite_digest)
+            == (unit.attempt, unit.recipe_digest, unit.suite_digest)
+        }
+        return [known[task] for task in tasks] if all(task in known for task in tasks) else None
+
     def gate_counts(self, candidate: str | None = None) -> tuple[int, dict[str, int]]:
         """How many answers the study or one candidate has, and how many each gate closed for."""
         if self._study_id is None:
@@ -159,7 +174,14 @@ class EventLog:
             )
         )
         if event.unit is not None:
-            record(connection, study_id, _key(inserted), event.unit, event.results)
+            record(
+                connection,
+                study_id,
+                _key(inserted),
+                event.unit,
+                event.results,
+                counts=event.counts,
+            )
 
 
 def study_names(database: Database) -> list[str]:
@@ -175,7 +197,7 @@ def begun_with(log: EventLog) -> Payload:
 
 
 def _note(history: History, event: Event, payload: Payload) -> None:
-    if event.unit is not None:
+    if event.unit is not None and event.counts:
         grades = {result.task_id: result.grade for result in event.results}
         history.note_grades(event.unit.candidate, event.unit.attempt, grades)
     history.apply(event.kind, payload)

@@ -6,12 +6,18 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from evomerge.errors import CandidateError, RunError
+from evomerge.errors import CandidateError, EvomergeError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
-from evomerge.evaluate.task import TaskResult
+from evomerge.evaluate.task import (
+    AnsweredCandidateError,
+    AnsweredError,
+    AnsweredRunError,
+    TaskResult,
+)
 from evomerge.recipe import Recipe
 from evomerge.search import events
 from evomerge.search.adjusted import adjusted_trials
@@ -77,6 +83,8 @@ class Runner:
         self._report = report
         self._total = total
         self._best: Best | None = None
+        self._pending: deque[_Begun] = deque()
+        self._has_stopped = False
         bench.watched_by(self._watch)
 
     @property
@@ -84,7 +92,19 @@ class Runner:
         return self._log.history
 
     def run(self) -> dict[str, float]:
-        """The course to its end; the seconds since the last event."""
+        """The course to its end; the seconds since the last event.
+
+        Whatever error ends it before is in the log, with all answers that there are.
+        """
+        try:
+            return self._run()
+        except Exception as error:
+            if not self._has_stopped:
+                name = "" if isinstance(error, EvomergeError) else f"{type(error).__name__}: "
+                self._note_the_end(f"{name}{error}")
+            raise
+
+    def _run(self) -> dict[str, float]:
         self._look_for_the_best()
         with self._mirror().running() as mirror:
             mirror.catch_up(self._mirrored(told_numbers(self._history)))
@@ -115,20 +135,23 @@ class Runner:
 
         So the engine goes on while a judge still grades.
         """
-        pending: deque[_Begun] = deque()
+        pending = self._pending
         for unit in step.units:
             while pending and (pending[0].results.done() or len(pending) >= _MOST_PENDING):
-                self._take(pending.popleft())
+                self._take_first()
             pending.append(self._begin(unit))
             if pending[-1].stops_the_run:
                 break  # no engine is there for the others
         while pending:
-            self._take(pending.popleft())
+            self._take_first()
 
     def _begin(self, unit: Unit) -> _Begun:
         recipe: Recipe | None = None
         try:
             recipe = candidate_of(self._study.space, self._history, unit.label).recipe
+            answers = self._kept_answers(unit, recipe)
+            if answers is not None:
+                return _Begun(unit, recipe, self._bench.grade(answers, unit.attempt))
             return _Begun(unit, recipe, self._bench.begin(recipe, unit.tasks, unit.attempt))
         except (CandidateError, RunError) as error:
             # What came before it is taken first.
@@ -136,41 +159,94 @@ class Runner:
             failed.set_exception(error)
             return _Begun(unit, recipe, failed)
 
-    def _take(self, begun: _Begun) -> None:
-        unit = begun.unit
+    def _kept_answers(self, unit: Unit, recipe: Recipe) -> Sequence[TaskResult] | None:
+        """A unit's answers that a run before this one had and could not have graded, if any."""
+        if (unit.label, unit.part, unit.attempt) not in self._history.answered:
+            return None
+        return self._log.kept_answers(self._key(unit, recipe), unit.tasks)
+
+    def _take_first(self) -> None:
+        """Logs what has become of the first unit on its way."""
         try:
-            results = begun.results.result()
-            assert begun.recipe is not None, "a unit that was answered has a recipe"
-            event = self._success(unit, begun.recipe, results)
-        except CandidateError as error:
-            killed = isinstance(error, EngineKilledError)
-            seconds = self._watch.take()
-            event = events.failed(unit.label, unit.part, str(error), seconds, killed)
+            event = self._end_of(self._pending[0])
         except RunError as error:
             self._stop(str(error), [])
+        begun = self._pending.popleft()
         self._log_end(event)
+        self._tell(begun.unit, event)
+
+    def _end_of(self, begun: _Begun) -> Event:
+        """A unit's end, waited for. Raises RunError."""
+        unit, recipe = begun.unit, begun.recipe
+        try:
+            results = begun.results.result()
+            assert recipe is not None, "a unit that was answered has a recipe"
+            return self._success(unit, recipe, results)
+        except CandidateError as error:
+            return events.failed(
+                unit.label,
+                unit.part,
+                str(error),
+                self._watch.take(),
+                engine_died=isinstance(error, EngineKilledError),
+                kept=self._answers_with(error, unit, recipe),
+            )
+
+    def _answers_with(
+        self, error: EvomergeError, unit: Unit, recipe: Recipe | None
+    ) -> tuple[UnitKey, Sequence[TaskResult]] | None:
+        """The answers that a unit has without a score, if any."""
+        if recipe is None or not isinstance(error, AnsweredError):
+            return None
+        return self._key(unit, recipe), error.answers
+
+    def _tell(self, unit: Unit, event: Event) -> None:
         self._notice(unit)
         if unit.whole or event.kind == "failed":
             self._report(self._story(unit, event))
+
+    def _keep_pending(self) -> None:
+        """Logs what has become of the units on their way, and the answers of those without grades.
+
+        The run ends: what is there need not be made again.
+        """
+        while self._pending:
+            begun = self._pending.popleft()
+            unit, recipe = begun.unit, begun.recipe
+            try:
+                event = self._end_of(begun)
+            except AnsweredRunError as error:
+                assert recipe is not None, "a unit that was answered has a recipe"
+                key = self._key(unit, recipe)
+                self._log.append(events.answered(unit.part, str(error), key, error.answers))
+                continue
+            except Exception:  # what ends the run is known already
+                continue
+            self._log.append(event)
+            self._tell(unit, event)
 
     def _success(self, unit: Unit, recipe: Recipe, results: Sequence[TaskResult]) -> Event:
         """The event of a whole unit. Raises CandidateError where no answer could be graded."""
         assert tuple(result.task_id for result in results) == unit.tasks
         score = mean_grade(results)
         if score is None:
-            raise CandidateError(f"none of its {len(results)} answers could be graded")
-        digest = recipe_digest(recipe)
-        suite = self._study.suite_of(unit.part)
+            words = f"none of its {len(results)} answers could be graded"
+            raise AnsweredCandidateError(words, results)
         measurement = Measurement(
             score=score,
             tasks=len(results),
             unscored=sum(result.grade is None for result in results),
             cut=sum(result.finish_reason == "length" for result in results),
-            recipe_digest=digest,
+            recipe_digest=recipe_digest(recipe),
             seconds=self._watch.take(),
         )
-        key = UnitKey(unit.label, unit.attempt, digest, suite.digest, suite.scorer_name)
+        key = self._key(unit, recipe)
         return events.scored(unit.part, measurement, key, results, unit.answered)
+
+    def _key(self, unit: Unit, recipe: Recipe) -> UnitKey:
+        suite = self._study.suite_of(unit.part)
+        digest = recipe_digest(recipe)
+        return UnitKey(unit.label, unit.attempt, digest, suite.digest, suite.scorer_name)
 
     def _log_end(self, event: Event) -> None:
         """Logs a unit's end; where one more candidate in a row killed the engine, the run's, too.
@@ -199,11 +275,24 @@ class Runner:
         """
         told = {(trial_label(number), "search") for number in told_numbers(self._history)}
         void = [key for key in failures if key not in told]
-        self._log.append(*last, events.stopped(reason, void))
+        self._note_the_end(reason, void, *last)
         raise RunError(
             f"study {self._study.name} stopped: {reason}; what failed so was not told to the "
             "sampler and is tried again when the study is resumed, once the cause is gone"
         ) from None
+
+    def _note_the_end(
+        self, reason: str, void: Sequence[tuple[str, Part]] = (), *last: Event
+    ) -> None:
+        """Logs that the run stops, after all that is on its way.
+
+        Where nothing can be written any more, the error that ends the run is what counts.
+        """
+        self._has_stopped = True
+        with suppress(EvomergeError):
+            self._keep_pending()
+        with suppress(EvomergeError):
+            self._log.append(*last, events.stopped(reason, void))
 
     def _notice(self, unit: Unit) -> None:
         """Keeps the best trial so far up to date, as far as that is cheap.

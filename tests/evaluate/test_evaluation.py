@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 
 from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
-from evomerge.errors import CandidateError, ConfigError
+from evomerge.errors import CandidateError, ConfigError, RunError
 from evomerge.evaluate.evaluation import Evaluation
+from evomerge.evaluate.own_scorers import FunctionScorer
 from evomerge.evaluate.suite import Suite, SuiteConfig
-from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task
+from evomerge.evaluate.task import AnsweredRunError, GradeRequest, ScorerGrade, Task
 from evomerge.recipe import Recipe
 
 
@@ -244,3 +245,42 @@ def test_a_judge_gets_the_first_turn_before_the_second_is_answered() -> None:
     assert not future.done()
     judge.give(0, 4.0, 5.0)
     assert [result.grade for result in future.result()] == [3.0, 5.0]
+
+
+def test_answers_without_grades_come_with_the_error_and_are_graded_without_the_engine() -> None:
+    judge, engine = LateGrader(), CountingEngine()
+    suite = suite_of(TALK, ONE, scorer={"judge": 3, "exact": 1}, gates={"empty": 0.0})
+    evaluation = Evaluation(engine, suite, {"judge": judge})
+    whole = evaluation.begin(["talk", "one"])
+    judge.give(0, 4.0, 5.0)
+    judge.give(1, 2.0)
+    future = evaluation.begin(["talk", "one"])
+    judge.give(2, 4.0, 5.0)
+    judge.futures[3].set_exception(RunError("the judge is gone"))
+    with pytest.raises(AnsweredRunError, match=r"^the judge is gone$") as caught:
+        future.result()
+    kept = caught.value.answers
+    assert [answer.grade for answer in kept] == [None, None]
+    assert [grade.grade for grade in kept[0].details if grade.scorer == "judge"] == [4.0, None]
+    asked = len(engine.calls)
+    future = evaluation.grade(kept)
+    judge.give(4, 4.0, 5.0)
+    judge.give(5, 2.0)
+    seconds = [answer.seconds for answer in kept]
+    expected = [replace(one, seconds=s) for one, s in zip(whole.result(), seconds, strict=True)]
+    assert future.result() == expected
+    assert judge.asked[4:] == judge.asked[:2]
+    assert len(engine.calls) == asked
+
+
+def test_a_scorer_that_stops_the_run_leaves_the_answers() -> None:
+    def fails(task: Task, answer: str) -> float:
+        raise RuntimeError("no licence")
+
+    own = {"mine.py:fails": FunctionScorer("mine.py:fails", fails)}
+    config = SuiteConfig.model_validate(
+        {"scorer": "mine.py:fails", "data": "tasks.jsonl"}, context={"trust_code": True}
+    )
+    with pytest.raises(AnsweredRunError, match="no licence") as caught:
+        Evaluation(CountingEngine(), Suite(config, (ONE,), own_scorers=own)).begin(["one"])
+    assert [answer.answer for answer in caught.value.answers] == ["2"]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from evomerge.errors import CandidateError, ConfigError, RunError
 from evomerge.evaluate.judge import Judge, Rubric, Seat, open_judge
 from evomerge.evaluate.judge_config import judge_from_mapping
 from evomerge.evaluate.replies import Replies
-from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task
+from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task, UngradedError
 from evomerge.schema import replies
 from tests.evaluate import judge_server as faults
 from tests.evaluate.judge_server import Fault, ScriptedJudge, scripted
@@ -211,6 +212,32 @@ def test_an_answer_that_the_judge_does_not_take_stays_without_a_grade(
     server.faults = [Fault(400, {}, '{"error": {"message": "temperature is unknown"}}')] * 9
     with pytest.raises(RunError, match=r"no answer was taken.*temperature is unknown"):
         judge.grade_all([request(11, 4), request(12, 5)]).result(60)
+
+
+def test_an_answer_that_the_rubric_fails_of_stays_without_a_grade(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    judge = opened(Rubric("{{ answer.split()[2] }}: {{ answer }}", 1, 5))
+    items = [*requests(3), replace(request(3, 4), answer="word")]
+    found = judge.grade_all(items).result(60)
+    assert [one.grade for one in found] == [1, 2, 3, None]
+    assert (found[3].reply or "").startswith("[not asked: suite: judge: prompt: ")
+    with judge.unit() as unit:
+        for place, item in enumerate(items):
+            unit.add(place, item)
+    assert unit.future.result(60)[3] == found[3]
+    items[0] = replace(items[0], answer="")
+    with pytest.raises(UngradedError, match=r"^2 of 4 answers .* left out: suite: judge: prompt: "):
+        judge.grade_all(items).result(60)
+    assert len(server.prompts) == 3
+
+
+def test_an_answer_with_half_a_surrogate_is_graded_as_what_can_be_sent(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    item = replace(request(0, 1), answer="\ud800 deserves 4")
+    assert grades(opened(), [item]) == [4]
+    assert server.prompts == ["Grade question 0 by taste: \ufffd deserves 4"]
 
 
 def test_no_grade_is_paid_for_twice(opened: Open, server: ScriptedJudge, tmp_path: Path) -> None:

@@ -311,7 +311,10 @@ def test_a_limit_of_the_cost_stops_the_run_which_goes_on_when_it_is_raised(
 
 
 def test_a_candidate_whose_answers_get_no_grades_fails_alone(
-    judged: Study, server: ScriptedJudge, tmp_path: Path
+    judged: Study,
+    server: ScriptedJudge,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def dislikes_some(prompt: str) -> str:
         answer = prompt.partition("# The answer to grade\n")[2].partition("\n\nEnd")[0]
@@ -327,6 +330,63 @@ def test_a_candidate_whose_answers_get_no_grades_fails_alone(
             "the judge's replies hold no grade"
         )
         assert trial["score"] is None
+        rows = study_answers(tmp_path / "storage", "formula", [trial["number"]])
+        assert len(rows) == 7
+        assert {(row.grade, row.reason) for row in rows} == {(None, trial["reason"])}
+        assert {(part.grade, part.reply) for row in rows for part in row.parts} == {(None, "Hm.")}
+    one = ["--trial", str(failed[0]["number"]), "--storage", str(tmp_path / "storage")]
+    assert main(["answers", "formula", *one]) == 0
+    assert "no grade that counts: 7 of 7 answers" in " ".join(capsys.readouterr().out.split())
+
+
+def test_answers_that_were_not_graded_are_kept_and_not_written_again(
+    judged: Study, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    written: list[int] = []
+
+    def run(storage: Path, **judge: Any) -> dict[str, Any]:
+        class Counting(EngineEvaluator):
+            def begin(
+                self, recipe: Recipe, task_ids: Sequence[str], attempt: int
+            ) -> Future[list[TaskResult]]:
+                results = super().begin(recipe, task_ids, attempt)
+                written.append(len(task_ids))
+                return results
+
+        with Evaluators() as evaluators:
+
+            @contextmanager
+            def counted(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
+                with evaluators.open(study, split) as evaluator:
+                    yield Counting(**vars(evaluator))
+
+            config = judged(suite=EACH, judge={"concurrency": 4, **judge})
+            return dict(run_search(config, storage=storage, open_evaluator=counted).status)
+
+    unbroken = run(tmp_path / "unbroken")
+    needed = sum(written)
+    written.clear()
+    server.prompts.clear()
+
+    def goes_away(prompt: str) -> str:
+        if len(server.prompts) == 20:
+            server.faults = [faults.BROKEN] * 10_000
+        time.sleep(0.05)  # so that answers wait for their grades
+        return grade_by_length(prompt)
+
+    server.reply = goes_away
+    storage = tmp_path / "broken"
+    with pytest.raises(RunError, match=r"could not be had for 0\.3 s: 500: out of order"):
+        run(storage, patience=0.3)
+    kept = [row for row in study_answers(storage, "formula") if row.reason is not None]
+    assert len({row.candidate for row in kept}) > 1
+    assert all("could not be had" in (row.reason or "") and row.grade is None for row in kept)
+    assert sum(written) < needed
+    server.faults, server.reply = [], grade_by_length
+    assert scores_of(run(storage)) == scores_of(unbroken)
+    assert sum(written) == needed
+    assert all(row.reason is None for row in study_answers(storage, "formula"))
+    assert len(server.prompts) == len({*server.prompts})  # and no grade was paid for twice
 
 
 def test_the_engine_goes_on_while_the_judge_still_grades(

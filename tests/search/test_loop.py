@@ -256,6 +256,23 @@ def test_three_candidates_in_a_row_that_kill_the_engine_stop_the_run_and_are_tri
     assert scores(outcome) == scores(sound)
 
 
+def test_an_error_that_nobody_foresaw_is_in_the_log_of_the_run_that_it_ends(
+    study: Study, storage: Path
+) -> None:
+    calls: list[Recipe] = []
+
+    def fails(recipe: Recipe) -> Exception | None:
+        calls.append(recipe)
+        return ZeroDivisionError("of a bug") if len(calls) == 9 else None
+
+    with pytest.raises(ZeroDivisionError):
+        run_search(study(), storage=storage, open_evaluator=opener(fails=fails))
+    status = study_status(storage, "formula")
+    assert (status["state"], status["stopped"]) == ("interrupted", "ZeroDivisionError: of a bug")
+    unbroken = run_search(study(), storage=storage / "other", open_evaluator=opener())
+    assert scores(run_search(study(), storage=storage, open_evaluator=opener())) == scores(unbroken)
+
+
 def test_failures_that_the_sampler_was_told_of_stay_when_the_run_stops(
     study: Study, storage: Path
 ) -> None:
