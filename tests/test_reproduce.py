@@ -228,6 +228,8 @@ def test_the_published_file_is_the_preset_and_its_table_gives_its_means() -> Non
         ("  judge: {", "  # {", ["reproduce.judge", "is missing"]),
         ("reproduce:", "reproduc:", ["no key reproduce", "evomerge moe"]),
         ("  models: [instruct]", "  models: [nowhere]", ["nowhere"]),
+        # Nothing is wrong with the file: the judge is not there.
+        ("base_url: JUDGE", "base_url: JUDGE, patience: 1", ["judge: http", "be had for 1 s"]),
         ("  name: ELYZA-japanese", "  name: ../x", ["reproduce.name"]),
     ],
 )  # fmt: skip

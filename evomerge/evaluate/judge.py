@@ -19,7 +19,7 @@ from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.judge_client import Account, JudgeClient, RefusedError, Reply
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
 from evomerge.evaluate.judge_reply import read_verdict
-from evomerge.evaluate.local_judge import Sleeper, served
+from evomerge.evaluate.local_judge import Served, Sleeper, served
 from evomerge.evaluate.loop_thread import LoopThread
 from evomerge.evaluate.replies import Asked, Given, Known, Replies
 from evomerge.evaluate.rubric import Rubric
@@ -36,12 +36,16 @@ _GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Seat:
-    """A judge of the panel: `server` as it can be reached, `identity` what decides its grades."""
+    """A judge of the panel: `server` as it can be reached, `identity` what decides its grades.
+
+    `ended` is as that of `local_judge.Served`.
+    """
 
     name: str
     server: JudgeServer
     key: str | None
     identity: Mapping[str, Any]
+    ended: Callable[[], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ class Judge:
         if not self._sleepers or self._all_known(answers):
             return self._thread.submit(self._grade_all(answers))
         with ExitStack() as asleep_again:
+            self._check_served()
             for sleeper in self._sleepers:
                 sleeper.wake()
                 asleep_again.callback(sleeper.sleep)
@@ -178,6 +183,12 @@ class Judge:
             unit.future.cancel()
             raise
         unit.end()
+
+    def _check_served(self) -> None:
+        """Raises RunError where a server of ours has ended."""
+        for seat in self._seats:
+            if seat.ended is not None and (how := seat.ended()) is not None:
+                raise RunError(how)
 
     def _all_known(self, answers: Sequence[_Answer]) -> bool:
         keys = {each.asked.key for one in answers for each in one.questions}
@@ -384,7 +395,7 @@ class Judge:
         if seat not in self._clients:
             spent = self._replies.spent(seat.name)
             account = Account(spent.tokens, spent.cost)
-            self._clients[seat] = JudgeClient(seat.server, seat.key, account)
+            self._clients[seat] = JudgeClient(seat.server, seat.key, account, seat.ended)
         return self._clients[seat]
 
     async def _wind_up(self) -> None:
@@ -416,20 +427,42 @@ def open_judge(
     keys = [key_of(server, environment) for server in config.servers]
     with ExitStack() as stack:
         seats = [
-            Seat(
-                server.name,
-                stack.enter_context(served(server, folder, say)),
-                key,
-                server.identity(folder),
-            )
+            _seat(server, stack.enter_context(served(server, folder, say)), key, folder)
             for server, key in zip(config.servers, keys, strict=True)
         ]
-        with LoopThread() as thread:
-            for seat in seats:
-                thread.submit(_check(seat, say)).result()
+        _reach(seats, say)
         judge = Judge(config, rubric, seats, Replies(open_database, payer))
         stack.callback(judge.close)
         yield judge
+
+
+def reach_judge(
+    config: JudgeConfig,
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Raises what `open_judge` does where a judge that others serve cannot be had."""
+    elsewhere = [server for server in config.servers if server.local is None]
+    keys = [key_of(server, environment) for server in elsewhere]
+    _reach(
+        [
+            _seat(server, Served(server), key, folder)
+            for server, key in zip(elsewhere, keys, strict=True)
+        ],
+        say,
+    )
+
+
+def _seat(server: JudgeServer, reached: Served, key: str | None, folder: Path) -> Seat:
+    return Seat(server.name, reached.server, key, server.identity(folder), reached.ended)
+
+
+def _reach(seats: Sequence[Seat], say: Callable[[str], None]) -> None:
+    with LoopThread() as thread:
+        for seat in seats:
+            thread.submit(_check(seat, say)).result()
 
 
 async def _check(seat: Seat, say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -27,6 +27,8 @@ Found = TypeVar("Found")
 _LONGEST_BACK_OFF = 30.0
 # A start waits less for a judge than a run that has something to lose.
 _START_PATIENCE = 10.0
+# How often a server of ours is looked at, which may end under a call.
+_LOOK_SECONDS = 0.5
 _TEMPORARY = frozenset({408, 409, 425, 429})
 # What one request can be to blame for: too long, against the server's rules.
 _OF_THE_REQUEST = frozenset({400, 413, 422})
@@ -94,11 +96,19 @@ class Pace:
 class JudgeClient:
     """Asks the judge `server`. Belongs to one event loop.
 
-    `key`: None where it needs none. `account` is charged, and its limits end the run.
+    `key`: None where it needs none. `account` is charged, and its limits end the run. `ended` says
+    how a server of ours ended (None: it did not), where it is one.
     """
 
-    def __init__(self, server: JudgeServer, key: str | None, account: Account) -> None:
+    def __init__(
+        self,
+        server: JudgeServer,
+        key: str | None,
+        account: Account,
+        ended: Callable[[], str | None] | None = None,
+    ) -> None:
         self._server = server
+        self._ended = ended
         self._key = key
         self._account = account
         self._pace = Pace(server)
@@ -143,12 +153,12 @@ class JudgeClient:
         where it lets nobody in, and where a limit of the account is reached; then always.
         """
         async with self._slots:
-            if self._broken is not None:
-                raise RunError(self._broken)
+            self._check_not_stopped()
             try:
-                return await self._patiently(
+                asking = self._patiently(
                     lambda: self._ask_once(prompt, schema), self._server.patience
                 )
+                return await self._while_served(asking)
             except RunError as error:
                 self.stop(str(error))  # whoever waits for a slot need not find out by itself
                 raise
@@ -173,7 +183,25 @@ class JudgeClient:
                 f"judge: {self._server.base_url} could not be had for {patience:g} s: {error}"
             ) from error
 
+    async def _while_served(self, asking: Coroutine[Any, Any, Found]) -> Found:
+        """What `asking` gives, given up as soon as a server of ours has ended: RunError.
+
+        What it leaves behind may keep its port open, where nobody answers.
+        """
+        if self._ended is None:
+            return await asking
+        work = asyncio.create_task(asking)
+        try:
+            while not work.done():
+                if (how := self._ended()) is not None:
+                    raise RunError(how)
+                await asyncio.wait({work}, timeout=_LOOK_SECONDS)
+            return work.result()
+        finally:
+            work.cancel()
+
     async def _ask_once(self, prompt: str, schema: Mapping[str, Any]) -> Reply:
+        self._check_not_stopped()
         self._check_limits()
         if self._takes_schema is False:
             return await self._complete(prompt, {})
@@ -293,6 +321,10 @@ class JudgeClient:
         key = self._server.api_key_env
         whose = f" (the key in {key})" if key and status in (401, 403) else ""
         raise RunError(f"{where} says {words}{whose}") from error
+
+    def _check_not_stopped(self) -> None:
+        if self._broken is not None:
+            raise RunError(self._broken)
 
     def _check_limits(self) -> None:
         """Raises RunError where the account has reached a limit."""

@@ -41,15 +41,26 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
+@dataclass(frozen=True)
+class Served:
+    """A judge as it can be reached; `ended` says why one that we serve can be no longer.
+
+    It says None while it can be; and is None of a judge that others serve.
+    """
+
+    server: JudgeServer
+    ended: Callable[[], str | None] | None = None
+
+
 @contextlib.contextmanager
-def served(server: JudgeServer, folder: Path, say: Callable[[str], None]) -> Iterator[JudgeServer]:
+def served(server: JudgeServer, folder: Path, say: Callable[[str], None]) -> Iterator[Served]:
     """`server` as it can be reached: one with `local` is served for the block, others are as given.
 
     A relative path of the model starts at `folder`. Raises ConfigError where vLLM is not installed
     or does not serve the model, with the end of what it wrote.
     """
     if server.local is None:
-        yield server
+        yield Served(server)
         return
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -75,7 +86,9 @@ def served(server: JudgeServer, folder: Path, say: Callable[[str], None]) -> Ite
             if server.sleep:
                 Sleeper(url).sleep()
             update = {"model": _SERVED_NAME, "local": None, "base_url": url}
-            yield server.model_copy(update=update)
+            yield Served(
+                server.model_copy(update=update), lambda: _how_it_ended(process, server, written)
+            )
         finally:
             _end(process)
 
@@ -155,6 +168,19 @@ def _wait_until_ready(
         )
     raise ConfigError(
         f"judge: local: vLLM does not serve {server.local}; the end of what it wrote:\n{said}"
+    )
+
+
+def _how_it_ended(
+    process: subprocess.Popen[bytes], server: JudgeServer, written: IO[bytes]
+) -> str | None:
+    status = process.poll()
+    if status is None:
+        return None
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return (
+        f"judge: local: vLLM, which served {server.local}, ended {how}; the end of what it wrote:\n"
+        f"{_last_lines(written)}\n"
     )
 
 

@@ -116,6 +116,8 @@ class DataSource(_Strict):
         if self.hub is not None and outside:
             # The hub's cache would be left by it.
             raise ValueError(f"file: {outside[0]!r} is no name in a hub repository")
+        if self.revision is not None and ".." in Path(self.revision).parts:
+            raise ValueError(f"revision: {self.revision!r} is none of a hub repository")
         return self
 
 

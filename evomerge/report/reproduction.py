@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from evomerge.engine.live_models import LiveSettings
 from evomerge.errors import ConfigError, OutputExistsError, nearest
 from evomerge.evaluate.graders import check_graders, needs_judge
+from evomerge.evaluate.judge import reach_judge
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
 from evomerge.evaluate.suite_config import suite_complaints
@@ -209,6 +210,7 @@ class Reproduction:
             raise ConfigError("\n".join(f"{self.file.path}: {one}" for one in mistakes.values()))
         if self.file.reproduce.gguf is not None:
             check_gguf_tokenizer(known[self.file.mixture.base_model])
+        self._reach_judge(suite)
         model = self._build(inputs, known)
         contestants = [
             *(Contestant(name, known[name]) for name in self.file.reproduce.models),
@@ -275,6 +277,20 @@ class Reproduction:
         if config.gguf is not None:
             check_gguf_output(self._gguf, config.gguf, overwrite=True)
         return suite
+
+    def _reach_judge(self, suite: Suite) -> None:
+        """Raises ConfigError where the judge cannot be had: before the mixture is built for it."""
+        if self.judge is None or not needs_judge(suite):
+            return
+        try:
+            reach_judge(
+                self.judge,
+                folder=self.file.path.parent,
+                environment=self.environment,
+                say=lambda line: None,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{self.file.path}: {REPRODUCE}: {error}") from error
 
     def _build(self, inputs: InputModels, known: Mapping[str, Path]) -> Path:
         """Step 1: the mixture's folder, unless it is there."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import sqlalchemy as sql
 
 from evomerge.database import open_database
 from evomerge.errors import CandidateError, ConfigError, RunError
+from evomerge.evaluate import local_judge
 from evomerge.evaluate.judge import Judge, Rubric, Seat, open_judge
 from evomerge.evaluate.judge_config import judge_from_mapping
 from evomerge.evaluate.replies import Replies
@@ -451,6 +453,61 @@ with opening(server, Path(sys.argv[2]), concurrency=4) as judge:
     print("ready", flush=True)
     judge.grade_all(requests(40)).result()
 """
+
+
+# It ends at the first question; what it leaves behind keeps port and connection open, as the
+# workers of a real one may.
+_ENDING_SERVER = """
+import json, os, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"object": "list", "data": [{"id": "judge", "object": "model"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        print("out of memory", flush=True)
+        if os.fork():
+            os._exit(7)
+        time.sleep(60)
+
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="a local judge needs vLLM")
+def test_a_server_of_ours_that_ends_stops_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        local_judge, "_command", lambda server, folder, port: ["-c", _ENDING_SERVER, str(port)]
+    )
+    judged = open_judge(
+        judge_from_mapping({"local": "some/model"}, "study.yaml"),
+        RUBRIC,
+        open_database=lambda: open_database(tmp_path),
+        payer=None,
+        folder=tmp_path,
+        environment={},
+        say=lambda line: None,
+    )
+    with judged as judge:
+        start = time.monotonic()
+        with pytest.raises(RunError) as caught:
+            judge.grade_all(requests(1)).result(60)
+        assert time.monotonic() - start < 30  # its `timeout` is 120, its `patience` 300
+    assert str(caught.value) == (
+        "judge: local: vLLM, which served some/model, ended with status 7; the end of what it "
+        "wrote:\nout of memory\n"
+    )
 
 
 def test_a_killed_evaluation_repeats_no_call_but_those_in_flight(

@@ -118,7 +118,8 @@ def test_faults_in_front_of_a_real_judge_change_no_grade(judge_model: Path, tmp_
         ) as judge:
             return [one.grade for one in judge.grade_all(items).result(120)]
 
-    with served(server, tmp_path, lambda line: None) as reached:
+    with served(server, tmp_path, lambda line: None) as there:
+        reached = there.server
         proxy = ScriptedJudge(upstream=reached.base_url)
         proxy.faults = [
             faults.BUSY,
