@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -23,10 +24,13 @@ class FunctionScorer:
     """Grades by `function(task, answer)`, in the range of its attributes low and high (0, 1)."""
 
     def __init__(self, name: str, function: Callable[[Task, str], float]) -> None:
+        """Raises ValueError or TypeError where the function, or its range, is not what grades."""
         self.name = name
         self.low = float(getattr(function, "low", 0.0))
         self.high = float(getattr(function, "high", 1.0))
         self.function = function
+        with contextlib.suppress(ValueError):  # of some that are written in C nothing is known
+            inspect.signature(function).bind("task", "answer")
 
     def objection(self, task: Task) -> str | None:
         return None
@@ -68,7 +72,7 @@ def find_scorer(name: str, folder: Path) -> Scorer:
         try:
             (point,) = entry_points(group=ENTRY_POINTS, name=name)
             found = point.load()
-        except Exception as error:  # whatever another package's code runs into
+        except (Exception, SystemExit) as error:  # whatever another package's code runs into
             raise ConfigError(f"scorer {name}: cannot be loaded: {error}") from error
     return _as_scorer(name, found)
 
@@ -77,7 +81,7 @@ def _in_code(name: str, folder: Path) -> Any:
     place, _, attribute = name.rpartition(":")
     try:
         module = _from_file(folder / place) if place.endswith(".py") else _from_module(place)
-    except Exception as error:  # whatever the user's code runs into
+    except (Exception, SystemExit) as error:  # whatever the user's code runs into
         raise ConfigError(f"scorer {name}: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise ConfigError(f"scorer {name}: {place} has no {attribute!r}")
@@ -98,17 +102,25 @@ def _from_file(path: Path) -> Any:
 
 
 def _as_scorer(name: str, found: Any) -> Scorer:
-    if inspect.isclass(found):
-        found = found()
-    if all(hasattr(found, part) for part in ("grade", "objection", "low", "high")):
-        scorer: Scorer = found
-        return scorer
-    if not callable(found):
+    try:
+        if inspect.isclass(found):
+            found = found()
+        is_scorer = all(hasattr(found, part) for part in ("grade", "objection", "low", "high"))
+        if not is_scorer and not callable(found):
+            raise TypeError("it is neither")
+        scorer: Scorer = found if is_scorer else FunctionScorer(name, found)
+        is_range = math.isfinite(scorer.low) and math.isfinite(scorer.high)
+    except Exception as error:  # whatever the user's code runs into
         raise ConfigError(
             f"scorer {name}: right is a function of (task, answer) that returns a number, or a "
-            "class with grade, objection, low and high"
+            f"class with grade, objection, low and high: {error}"
+        ) from error
+    if not (is_range and scorer.low < scorer.high):
+        raise ConfigError(
+            f"scorer {name}: its grades are {scorer.low:g} to {scorer.high:g}; low must be below "
+            "high, and both finite"
         )
-    return FunctionScorer(name, found)
+    return scorer
 
 
 def code_digest(scorer: Scorer) -> str:

@@ -66,7 +66,7 @@ _Layers: TypeAlias = list[tuple[Mapping[str, Any], Path]]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # The two forms that some values have; pydantic names the one that it took in a mistake's place.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
     from openpyxl.worksheet.worksheet import Worksheet
 
 # What texts are often written in here beside UTF-8; the first that fits is named, none is guessed.
-_OTHER_ENCODINGS = ("cp932", "euc_jp", "utf-16")
+_OTHER_ENCODINGS = ("cp932", "euc_jp")
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 
 
 # How Excel writes what XML cannot hold: a carriage return of Windows is _x000D_.
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+
+_NEEDED = "a text or a number is needed"
 
 WORKBOOKS = (".xlsx", ".xlsm")
 
@@ -55,11 +61,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises ConfigError naming file and place where it cannot be read, or is not in UTF-8.
     """
     kind = path.suffix.lower()
+    if path.is_dir():
+        raise ConfigError(f"{path}: this table is a folder")
     if kind not in _READERS:
         raise ConfigError(f"{path}: {kind or 'no suffix'} is no kind of table{_kinds()}")
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path}: this table {what}")
+        raise ConfigError(f"{path}: this table does not exist")
     try:
         return list(_READERS[kind](path))
     except OSError as error:
@@ -102,12 +109,14 @@ def text_in(row: Row, column: str, key: str) -> str:
     value = cell(row, column, key)
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{row.where}: {column!r} ({key}) is {value}; {_NEEDED}")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value)) if _is_of_sheet(row) else json.dumps(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return json.dumps(value)
     written = "empty" if value is None and _is_of_sheet(row) else shown(_as_json(value), longest=40)
-    raise ConfigError(f"{row.where}: {column!r} ({key}) is {written}; a text or a number is needed")
+    raise ConfigError(f"{row.where}: {column!r} ({key}) is {written}; {_NEEDED}")
 
 
 def read_text(path: Path) -> str:
@@ -116,7 +125,8 @@ def read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fits = next((name for name in _OTHER_ENCODINGS if _reads(raw, name)), None)
+        others = ("utf-16",) if raw[:2] in _UTF16_MARKS else _OTHER_ENCODINGS
+        fits = next((name for name in others if _reads(raw, name)), None)
         hint = (
             f"it may be {fits}: iconv -f {fits.upper()} -t UTF-8 {path.name} > NEW"
             if fits
@@ -134,8 +144,15 @@ def _jsonl(path: Path) -> Iterator[Row]:
         where = f"{path}:{number}"
         try:
             cells = json.loads(line)
+            if "\\u" in line:
+                json.dumps(cells, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: not a JSON object: {error}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{where}: not a JSON object that can be read: too deep") from error
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise ConfigError(f"{where}: {half} is half of a character") from error
         if not isinstance(cells, dict):
             raise ConfigError(f"{where}: {line.strip()[:40]!r} is not a JSON object")
         yield Row(where, number, cells)
@@ -148,6 +165,10 @@ def _csv(path: Path) -> Iterator[Row]:
     try:
         header = next(lines, [])
         _check_header(path, header)
+        if len(header) == 1 and (other := next((one for one in ";\t" if one in header[0]), None)):
+            raise ConfigError(
+                f"{path}: its cells are parted by {other!r}; right are commas, or tabs in a .tsv"
+            )
         number = 0
         for values in lines:
             if not any(values):
@@ -161,7 +182,10 @@ def _csv(path: Path) -> Iterator[Row]:
                 )
             yield Row(where, number, _named(header, values))
     except csv.Error as error:
-        raise ConfigError(f"{path}:{lines.line_num}: not CSV: {error}") from error
+        hint = ""
+        if "field limit" in str(error):
+            hint = " (a quote that is not closed, or a text that a JSONL file has room for)"
+        raise ConfigError(f"{path}:{lines.line_num}: not CSV: {error}{hint}") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -308,10 +332,11 @@ def _as_json(value: object) -> str:
 
 def _reads(raw: bytes, encoding: str) -> bool:
     try:
-        raw.decode(encoding)
+        text = raw.decode(encoding)
     except UnicodeDecodeError:
         return False
-    return True
+    # What Python's cp932 makes of single bytes that stand for nothing.
+    return _PRIVATE_USE.search(text) is None
 
 
 def _did_you_mean(column: str, known: Mapping[str, Any]) -> str:

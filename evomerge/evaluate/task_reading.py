@@ -143,7 +143,15 @@ def _joined(join: JoinConfig, rows: Sequence[Row], beside: Path) -> list[Row]:
             if len(places) > 1
             else f"{beside}: join: {places[0]} is not there"
         )
-    others = {text_in(row, join.key, "join.key"): row for row in read_rows(path)}
+    others: dict[str, Row] = {}
+    for row in read_rows(path):
+        value = text_in(row, join.key, "join.key")
+        if value in others:
+            raise ConfigError(
+                f"{row.where}: {join.key} {value!r} stands in {_short(others[value].where)} too; "
+                "a task is joined with one row"
+            )
+        others[value] = row
     return [_with_other(join, row, others, path) for row in rows]
 
 

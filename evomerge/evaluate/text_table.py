@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def _texts(row: Row, outer: str | None) -> dict[str, str]:
 
 def _text(value: object, row: Row, column: str) -> str:
     """A value as a text: texts as they are, 3.0 as 3, lists as JSON, null as nothing."""
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
         return value

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
-from evomerge.engine import EngineConfig
+from evomerge.engine import Engine, EngineConfig
 from evomerge.engine.base import Completion, GenerationSettings
 from evomerge.engine.planning import ASK_WORKERS, failure_of
 from evomerge.engine.vllm_engine import VLLMEngine
 from evomerge.errors import CandidateError, EngineDiedError, EvomergeError
+from evomerge.evaluate.evaluation import evaluation_of
+from evomerge.evaluate.suite import SuiteConfig, check_prompt_lengths, load_suite
+from evomerge.evaluate.task import TaskResult
 from evomerge.merge.materialize import materialize
 from evomerge.merge.plan import PlanEntry
 from evomerge.recipe import Recipe, recipe_from_mapping
@@ -112,6 +116,55 @@ def test_a_switch_drops_what_the_previous_candidate_cached(
     after_another = answer()
     engine._llm.reset_prefix_cache()
     assert answer() == after_another
+
+
+def test_suites_of_likelihoods_and_of_the_harness_ask_the_candidate_that_is_live(
+    engine_and_family: tuple[VLLMEngine, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from tests.evaluate.test_harness import CHOICE, OPTIONS, WRITTEN
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [
+        {"input": prompt, "question": prompt, "output": f" {4 * number}", "options": OPTIONS,
+         "label": number % 4}
+        for number, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    for name in ("tasks.jsonl", "choice.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own").mkdir()
+    for name, text in (("c.yaml", CHOICE), ("w.yaml", WRITTEN)):
+        (tmp_path / "own" / name).write_text(text.replace("FOLDER", str(tmp_path)))
+    tasks = [{"name": "tiny_choice"}, {"name": "tiny_written", "metric": "exact_match"}]
+    suites = [
+        {"data": "tasks.jsonl", "scorer": "reference_likelihood", "chat": False},
+        {"harness": {"tasks": tasks, "include_path": "own", "num_fewshot": 1}},
+    ]
+
+    def results(engine: Engine, seed: int) -> list[TaskResult]:
+        engine.load(family.recipe(seed))
+        found = []
+        for content in suites:
+            config = SuiteConfig.model_validate(content, context={"trust_code": True})
+            suite = load_suite(config, tmp_path)
+            check_prompt_lengths(engine, suite, suite.tasks)
+            ids = [task.id for task in suite.tasks]
+            found += evaluation_of(engine, suite).begin(ids).result()
+        return found
+
+    engine, family = engine_and_family
+    live = {seed: results(engine, seed) for seed in (0, 1, 0)}
+    assert [len(some) for some in live.values()] == [24, 24]
+    likely = {seed: [one.grade or 0.0 for one in some[:8]] for seed, some in live.items()}
+    assert likely[0] != pytest.approx(likely[1], rel=0.05)
+    with family.open("transformers") as other:
+        theirs = results(other, 0)
+    assert likely[0] == pytest.approx([one.grade or 0.0 for one in theirs[:8]], rel=0.05)
+    assert [one.prompt for one in live[0]] == [one.prompt for one in theirs]
+    # Both in bfloat16, and rounded on other paths: a near tie may go either way.
+    pairs = list(zip(live[0][8:], theirs[8:], strict=True))
+    assert sum(one.grade == another.grade for one, another in pairs) >= len(pairs) - 1
+    assert {one.version for one in live[0]} == {engine.version}
 
 
 def test_nan_in_a_source_fails_the_candidate_and_not_the_engine(

@@ -71,6 +71,11 @@ def test_the_code_belongs_to_the_digest(tmp_path: Path) -> None:
         ("no_such_module:length", LENGTH, "No module named 'no_such_module'"),
         ("own.py:length", "1/0", "ZeroDivisionError"),
         ("own.py:length", "length = 3", "right is a function"),
+        ("own.py:length", "import sys; sys.exit(3)", "SystemExit: 3"),
+        ("own.py:f", "def f(answer):\n    return 1", r"function of \(task, answer\).*too many pos"),
+        ("own.py:F", "class F:\n    def __init__(self, x): ...", "missing 1 required"),
+        ("own.py:f", "def f(task, answer): ...\nf.low = 'x'", "right is a function .*'x'"),
+        ("own.py:f", "def f(task, answer): ...\nf.low = 1", "are 1 to 1; low must be below high"),
         ("own.py", LENGTH, "no scorer 'own.py'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -135,6 +136,14 @@ def test_the_columns_task_id_and_question_id_are_ids_without_being_named(tmp_pat
         (b"", {}, "holds no table"),
         (b"input,output\n", {}, "holds no task"),
         (b"input,input\na,b\n", {}, "'input' names two columns"),
+        ("input,output\n日本,b\n".encode("utf-16"), {}, r"may be utf-16: iconv"),
+        (
+            "input,output\n日".encode() + b"\xff,b\n",
+            {},
+            r"t\.csv:2: not UTF-8 .*; save it as UTF-8",
+        ),
+        (b"input;output\na;b\n", {}, r"parted by ';'; right are commas"),
+        (b'input,output\n"' + b"a" * 140_000, {}, "not CSV: .*limit.*a quote that is not closed"),
         ("input,output\n日本,b\n".encode("cp932"), {}, r"t\.csv:2: not UTF-8 .*cp932: iconv"),
         (b"input,output\na,\nb,c\nd,\n", {}, r"t\.csv:2, line 4: 'output' .*is empty; `reference"),
         (b"input,output\n ,x\n", {}, r"t\.csv:2: 'input' .*is empty$"),
@@ -164,6 +173,27 @@ def test_an_unknown_kind_of_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"\.json is no kind of table; right are \.jsonl"):
         loaded(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (r'{"input": "a\ud800", "output": "b"}', r"t\.jsonl:1: \\ud800 is half of a character"),
+        ('{"input": "a", "output": ' + "[" * 100_000, r"t\.jsonl:1: .*: too deep"),
+        ('{"input": "a", "output": NaN}', r"t\.jsonl:1: 'output' .* is nan; a text or a number"),
+    ],
+)
+def test_json_that_nobody_can_ask_is_refused(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "t.jsonl").write_text(row)
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path / "t.jsonl")
+
+
+def test_a_second_table_with_two_rows_for_a_task_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path, ".jsonl", ROWS)
+    (tmp_path / "more.csv").write_text("id,x\na,1\nb,2\na,3\n")
+    with pytest.raises(ConfigError, match=r"more\.csv:4: id 'a' stands in line 2 too"):
+        loaded(path, join={"file": "more.csv", "key": "id"})
 
 
 def test_references_may_be_absent_where_the_suite_says_so(tmp_path: Path) -> None:
@@ -320,6 +350,8 @@ def test_texts_may_stand_in_files_of_their_own(tmp_path: Path) -> None:
         ({"chat": False, "chat_template": "llm-jp-3"}, "no use for chat_template"),
         ({"turn_references": ["a"]}, "1 columns for 0 further turns"),
         ({"data": {"file": "x.csv"}}, "hub .* or source"),
+        ({"scorer": {"exact": math.inf}}, "finite number"),
+        ({"temperature": math.inf}, "finite number"),
     ],
 )
 def test_keys_that_do_not_fit_together_are_refused(
