@@ -356,6 +356,18 @@ def test_tokens_and_cost_are_counted_and_end_the_run_at_their_limit(
     assert len(server.prompts) == 6
 
 
+def test_nobody_sends_the_judges_questions_on_to_another_host(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    judges = [opened(temperature=0.1), opened(temperature=0.2)]
+    with scripted(ScriptedJudge()) as other:
+        for status, judge in zip((307, 308), judges, strict=True):
+            server.faults = [Fault(status, {"Location": f"{other.url}/chat/completions"})]
+            with pytest.raises(RunError, match=f"says {status}"):
+                judge.grade_all(requests(1)).result(60)
+        assert other.requests == []
+
+
 def test_the_key_is_sent_and_never_shown(
     opened: Open,
     server: ScriptedJudge,
