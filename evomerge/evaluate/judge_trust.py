@@ -5,7 +5,9 @@ Who shares a study could have local files graded where he likes, and have keys s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from evomerge.errors import ConfigError
@@ -50,14 +52,21 @@ def check_trust(judge: JudgeConfig, files: Iterable[NamedFile]) -> None:
     hosts = ", ".join(dict.fromkeys(server.host for server in far))
     mistakes = [mistake for server in far for mistake in _about_key(server)]
     mistakes += [
-        f"{one.key}: {one.path} lies outside of {one.folder.absolute()}, the folder of the file "
-        f"that names it, and its text would go to the judge at {hosts}; move it into that folder, "
-        "or allow it by --trust-code"
+        f"{one.key}: {_place(one.path)} lies outside of {one.folder.absolute()}, the folder of the "
+        f"file that names it, and its text would go to the judge at {hosts}; move it into that "
+        "folder, or allow it by --trust-code"
         for one in files
         if one.is_elsewhere
     ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+def _place(path: Path) -> str:
+    """Where a file is: of a link also where it leads."""
+    whole = Path(os.path.normpath(path.absolute()))
+    real = path.resolve()
+    return str(whole) if whole == real else f"{whole} (a link to {real})"
 
 
 def _about_key(server: JudgeServer) -> Iterator[str]:

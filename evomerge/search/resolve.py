@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,17 +134,7 @@ def resolve_study(
     )
     held_out = _held_out_suite(config, inputs)
     suites = [suite] if held_out is None else [suite, held_out.suite]
-    for one in suites:
-        _in_file(
-            config,
-            partial(
-                check_graders,
-                one,
-                config.judge,
-                trust_code=config.trust_code,
-                environment=environment,
-            ),
-        )
+    _check_graders(config, suites, environment)
     _check_turns(config, suites)
     search, holdout = _split(config, suite, held_out)
     base, *models = _model_folders(config, inputs)
@@ -193,6 +182,19 @@ def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
         for key in dict.fromkeys((*before, *now))
         if before.get(key) != now.get(key)
     ]
+
+
+def _check_graders(
+    config: StudyConfig, suites: Sequence[Suite], environment: Mapping[str, str] | None
+) -> None:
+    """Raises ConfigError where the judge cannot grade the answers of one of the suites."""
+    for key, suite in zip(("", "holdout: "), suites, strict=False):
+        try:
+            check_graders(
+                suite, config.judge, trust_code=config.trust_code, environment=environment
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{config.where}: {key}{error}") from error
 
 
 def _check_turns(config: StudyConfig, suites: Sequence[Suite]) -> None:
