@@ -630,8 +630,13 @@ def presets(context: typer.Context) -> None:
 @presets_app.command("list")
 def list_presets() -> None:
     """All presets: name, kind, first line."""
-    for name, (kind, path) in _presets().items():
-        print(f"{name:<36} {PRESET_WORDS[kind]:<7}  {_first_comment(path)}")
+    from evomerge.report.screen import Screen, columns
+
+    rows = [
+        (name, PRESET_WORDS[kind], _first_comment(path))
+        for name, (kind, path) in _presets().items()
+    ]
+    Screen().show(columns(rows))
 
 
 @presets_app.command("show")

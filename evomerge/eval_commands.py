@@ -81,9 +81,7 @@ ThreadsOption = Annotated[
 
 def radar(
     table: Annotated[Path, typer.Argument(metavar="TABLE.csv", help="Scores by category.")],
-    out: Annotated[
-        list[Path], typer.Argument(metavar="OUT.png [OUT.svg]", help="PNG, SVG or PDF files.")
-    ],
+    out: Annotated[list[Path], typer.Argument(metavar="OUT.png", help="PNG, SVG or PDF files.")],
     *,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="What stands above.")] = None,
     low: Annotated[
@@ -149,9 +147,14 @@ def answers(
         print(json.dumps({"study": name, "answers": found}, indent=2, ensure_ascii=False))
     else:
         from evomerge.report.screen import Screen
+        from evomerge.search.log import trial_label
 
         titles = study_titles(directory, name)
         Screen(page=True).show(*answer_panels(rows, titles))
+        answered = {row.candidate for row in rows}
+        for number in trial or ():
+            if trial_label(number) not in answered:
+                say(f"note: trial {number} was not asked {task or 'any task'}")
 
 
 def compare(
@@ -332,7 +335,7 @@ def eval_(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Folders, .gguf files, hub names; each with +ADAPTER, too."
+            metavar="MODEL", help="Folders, .gguf files, hub names; each with +ADAPTER, too."
         ),
     ],
     *,

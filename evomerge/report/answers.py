@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import ConfigError
+from evomerge.evaluate.judge_reply import read_verdict
 from evomerge.evaluate.ledger_query import LedgerRow
 from evomerge.report.table import score_text
 
 # More columns of text than these cannot be read beside each other.
 _BESIDE = 3
 _NAMES = 20  # the most columns of candidates' names: the answers are what is read
+_ANY_GRADE = 10**9
 _FORMATS = (".parquet", ".csv")
 
 
@@ -31,7 +33,8 @@ def answer_panels(rows: Sequence[LedgerRow], titles: Mapping[str, str]) -> Itera
     by_task: dict[str, list[LedgerRow]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    for task, some in by_task.items():
+    for task, unordered in by_task.items():
+        some = _by_candidate(unordered)
         prompts = dict.fromkeys(row.prompt for row in some)
         for prompt in prompts:
             yield Panel(Text(prompt.strip()), title=Text(f"task {task}"), title_align="left")
@@ -114,6 +117,12 @@ def _trial(row: LedgerRow) -> int | None:
     return int(number) if word == "trial" else None
 
 
+def _by_candidate(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+    """Each candidate's attempts together and in order, the candidates as they first come."""
+    first = {row.candidate: place for place, row in reversed(list(enumerate(rows)))}
+    return sorted(rows, key=lambda row: (first[row.candidate], row.attempt))
+
+
 def _beside(rows: Sequence[LedgerRow], names: Sequence[str]) -> Table:
     table = Table(show_lines=True, expand=True)
     for name in names:
@@ -160,5 +169,11 @@ def _grade(row: LedgerRow) -> Text:
     text = Text("\n".join(lines), style="bold")
     for part in row.parts:
         if part.reply:
-            text.append(f"\n{part.reply.strip()}", style="not bold dim")
+            text.append(f"\n{_words(part.reply)}", style="not bold dim")
     return text
+
+
+def _words(reply: str) -> str:
+    """The reason in a judge's reply; all of it where it is in no form that is known."""
+    verdict = read_verdict(reply, -_ANY_GRADE, _ANY_GRADE)
+    return (verdict and verdict.reason.strip()) or reply.strip()

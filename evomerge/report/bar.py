@@ -54,7 +54,8 @@ class TaskBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # else stopping writes an empty line
+            self._bar.stop()
 
     def __call__(self, done: int, cut: int = 0) -> None:
         """`done` tasks are done; `cut` more answers were cut at their most tokens."""

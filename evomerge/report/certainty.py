@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evomerge.report.table import candidate_words
+
 
 def certainty_lines(outcome: Mapping[str, Any]) -> list[str]:
     """What a terminal shows below the table: the verdict, and the winner's fresh score.
@@ -35,7 +37,7 @@ def certainty_markdown(outcome: Mapping[str, Any]) -> str:
 def _differences(differences: Sequence[Mapping[str, Any]], part: str) -> str:
     where = "held-out" if part == "holdout" else "search"
     rows = [
-        f"| {one['model']} | {one['difference']:+.3f} | {_bound(one['low'])} to "
+        f"| {candidate_words(one['model'])} | {one['difference']:+.3f} | {_bound(one['low'])} to "
         f"{_bound(one['high'])} | {one['tasks']} |"
         for one in differences
     ]

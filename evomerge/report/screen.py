@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 # Wider than any table: nothing in it has to be broken where nobody's screen ends.
 _UNBOUNDED = 10_000
+
+
+def columns(rows: Iterable[Sequence[str]]) -> Table:
+    """Rows without lines between them; the last column takes the width that is left."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        if not table.columns:
+            for _ in row[:-1]:
+                table.add_column(no_wrap=True)
+            table.add_column()
+        table.add_row(*row)
+    return table
 
 
 class Screen:

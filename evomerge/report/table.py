@@ -28,7 +28,7 @@ def outcome_rows(status: Mapping[str, Any]) -> list[Row]:
     return [
         Row("base", search["base"], holdout.get("base")),
         *(Row(name, score, held_out_models.get(name)) for name, score in search["models"].items()),
-        Row("uniform merge", search["uniform"], holdout.get("uniform")),
+        Row(candidate_words("uniform"), search["uniform"], holdout.get("uniform")),
         *_best_uniform(search, holdout),
         Row("evolved merge", search["evolved"], holdout.get("evolved")),
     ]
@@ -39,8 +39,16 @@ def _best_uniform(search: Mapping[str, Any], holdout: Mapping[str, Any]) -> list
     best = search.get("uniform_best")
     if best is None or best["score"] == search["uniform"]:
         return []
-    name = f"uniform merge, all {best['scale']:g}"
+    name = candidate_words(f"uniform {best['scale']:g}")
     return [Row(name, best["score"], holdout.get("uniform_best", {}).get("score"))]
+
+
+def candidate_words(label: str) -> str:
+    """A uniform merge as tables call it; any other name as it is."""
+    kind, _, scale = label.partition(" ")
+    if kind != "uniform":
+        return label
+    return f"uniform merge, all {scale}" if scale else "uniform merge"
 
 
 def task_counts(status: Mapping[str, Any]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.ledger_query import LedgerRow
 from evomerge.search.candidates import BASE, candidate_titles
 from evomerge.search.log import EventLog, begun_with, trial_label
-from evomerge.search.status import best_so_far, existing_log
+from evomerge.search.status import best_so_far, existing_log, winner_of
 
 
 def study_answers(
@@ -34,10 +34,17 @@ def study_answers(
 
 
 def study_titles(storage: Path, name: str) -> dict[str, str]:
-    """The candidates of study `name` that its file has a name for: the log's name -> the file's."""
+    """The candidates of study `name` that a reader has another name for than the log.
+
+    Models and merges are called as the study's file calls them, and a winner that is no trial is
+    "the winner".
+    """
     with contextlib.closing(existing_log(storage, name)) as log:
-        study = begun_with(log)["study"]
-    return candidate_titles(study["models"], study.get("warm_start", ()))
+        study, winner = begun_with(log)["study"], winner_of(log.history)
+    titles = candidate_titles(study["models"], study.get("warm_start", ()))
+    if winner is not None and winner.source in ("mean", "peak"):
+        titles[winner.label] = "the winner"
+    return titles
 
 
 def _candidates(

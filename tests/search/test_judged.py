@@ -202,6 +202,7 @@ def test_answers_are_shown_and_written_with_the_judges_words(
     assert "base" in page
     assert "trial 2" in page
     assert "its characters" in page
+    assert "{" not in page, "of the judge's reply the reason is shown"
     assert main([*command, "--task", wanted["task"]]) == 0
     page = capsys.readouterr().out
     assert "trial 2" in page
