@@ -66,9 +66,9 @@ def test_engines_in_processes_of_their_own_are_the_model_on_disk(
     assert states[0] == states[2] != states[1]
     assert len(states[0][0]) == ranks
     materialize(recipes[0], tmp_path / "merged")
-    with start(
-        "vllm", tmp_path / "merged", [], repeatable=False, tensor_parallel_size=ranks
-    ) as fresh:
+    # One rank is the same model in this process, too, and its start takes a fifth of the time.
+    options = {"repeatable": ranks == 1, "tensor_parallel_size": ranks}
+    with start("vllm", tmp_path / "merged", [], **options) as fresh:
         assert isinstance(fresh, VLLMEngine)
         assert (fresh.parameter_checksums(), answers_one_by_one(fresh)) == states[0]
 

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from evomerge.cli import main
+
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# vLLM and what it imports warn of their own deprecations.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 DEMO = Path(__file__).resolve().parents[2] / "scripts" / "demo"
 UNITS = 7 + 8  # base, two experts, four uniform merges; then two generations of four
@@ -36,15 +39,14 @@ def write_study(folder: Path) -> Path:
     return file
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "evomerge", *map(str, words)]
+def search(study: Path, storage: Path) -> list[str]:
+    return ["search", str(study), "--storage", str(storage)]
 
 
 def killed_after(units: int, study: Path, storage: Path) -> None:
     """Runs the search until so many units are told on stderr, then SIGKILL."""
-    with subprocess.Popen(
-        command("search", study, "--storage", storage), stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "evomerge", *search(study, storage)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         done = 0
         for line in process.stderr:
@@ -54,25 +56,24 @@ def killed_after(units: int, study: Path, storage: Path) -> None:
         process.kill()
 
 
-def outcome(storage: Path) -> tuple[list[Any], bytes]:
+def outcome(storage: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[Any], bytes]:
     """(every trial's genome and score, the bytes of the best recipe)."""
-    shown = subprocess.run(
-        command("status", "demo", "--storage", storage, "--json"), capture_output=True, check=True
-    )
-    status = json.loads(shown.stdout)
+    capsys.readouterr()
+    assert main(["status", "demo", "--storage", str(storage), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
     assert status["state"] == "finished"
     trials = [(trial["genome"], trial["score"]) for trial in status["trials"]]
     return trials, Path(status["best"]["config"]).read_bytes()
 
 
-def test_a_search_in_vllm_that_was_killed_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_search_in_vllm_that_was_killed_ends_as_an_unbroken_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = write_study(tmp_path)
-    for name in ("unbroken", "broken"):
-        if name == "broken":
-            killed_after(random.randint(1, UNITS - 1), study, tmp_path / name)
-        subprocess.run(
-            command("search", study, "--storage", tmp_path / name), check=True, capture_output=True
-        )
-    unbroken, broken = outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken")
+    assert main(search(study, tmp_path / "unbroken")) == 0
+    killed_after(random.randint(1, UNITS - 1), study, tmp_path / "broken")
+    resume = [sys.executable, "-m", "evomerge", *search(study, tmp_path / "broken")]
+    subprocess.run(resume, check=True, capture_output=True)
+    unbroken, broken = (outcome(tmp_path / name, capsys) for name in ("unbroken", "broken"))
     assert broken == unbroken
     assert len({score for _, score in unbroken[0]}) > 1

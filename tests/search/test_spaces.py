@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import sqlalchemy as sql
 import yaml
 
+from evomerge.cli import main
 from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import EngineConfig, GenerationSettings
@@ -377,7 +376,7 @@ def test_a_preset_says_how_it_is_run_and_spends_its_budget(path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")
 def test_a_search_over_densities_in_vllm_scores_the_models_that_lie_on_disk(
-    study_file: Callable[..., Path], tmp_path: Path
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vllm")
     file = study_file(
@@ -388,9 +387,8 @@ def test_a_search_over_densities_in_vllm_scores_the_models_that_lie_on_disk(
         budget={"trials": 4},
         holdout=0,
     )
-    command = [sys.executable, "-m", "evomerge", "search", str(file), "--storage"]
-    ran = subprocess.run([*command, str(tmp_path / "kept")], check=True, capture_output=True)
-    assert b"by disk" not in ran.stderr
+    assert main(["search", str(file), "--storage", str(tmp_path / "kept")]) == 0
+    assert "by disk" not in capsys.readouterr().err
     told = [stored_answers(tmp_path / "kept", f"trial {number}") for number in range(4)]
     assert len({json.dumps(one) for one in told}) > 1
     recipe = trial_recipe(tmp_path / "kept", "formula", 3)
