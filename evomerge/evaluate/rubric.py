@@ -55,4 +55,5 @@ class Rubric:
             ],
         }
         # Halves of surrogates can be sent nowhere; they would end the run.
-        return storable(render_template(self.prompt, fields, f"{self.where}: judge"))
+        where = f"{self.where}: judge: task {task.id}"
+        return storable(render_template(self.prompt, fields, where))

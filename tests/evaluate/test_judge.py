@@ -223,13 +223,15 @@ def test_an_answer_that_the_rubric_fails_of_stays_without_a_grade(
     items = [*requests(3), replace(request(3, 4), answer="word")]
     found = judge.grade_all(items).result(60)
     assert [one.grade for one in found] == [1, 2, 3, None]
-    assert (found[3].reply or "").startswith("[not asked: suite: judge: prompt: ")
+    assert (found[3].reply or "").startswith("[not asked: suite: judge: task 3: prompt: ")
     with judge.unit() as unit:
         for place, item in enumerate(items):
             unit.add(place, item)
     assert unit.future.result(60)[3] == found[3]
     items[0] = replace(items[0], answer="")
-    with pytest.raises(UngradedError, match=r"^2 of 4 answers .* left out: suite: judge: prompt: "):
+    with pytest.raises(
+        UngradedError, match=r"^2 of 4 answers .* left out: suite: judge: task 3: prompt: "
+    ):
         judge.grade_all(items).result(60)
     assert len(server.prompts) == 3
 

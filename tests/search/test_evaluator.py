@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import pytest
 
 from evomerge.engine.base import Completion, Each, Engine, GenerationSettings, Loaded
+from evomerge.errors import RunError
 from evomerge.evaluate.suite import Suite, SuiteConfig, Task
+from evomerge.evaluate.task import AnsweredRunError, GradeRequest, ScorerGrade
 from evomerge.recipe import Recipe
 from evomerge.search.candidates import plain_recipe
 from evomerge.search.evaluator import EngineEvaluator
+from evomerge.search.held_out import HeldOutSuite
 
 
 class DiskEngine(Engine):
@@ -78,3 +82,47 @@ def test_that_candidates_go_by_disk_is_said_once(by_disk_is_news: bool, times: i
         "candidates go by disk, which takes longer than a live switch: "
         "it has 3 layers, the engine 2"
     ]
+
+
+class GoneAtFirst:
+    """A grader that is gone when it is first asked, and gives 4 to everything from then on."""
+
+    name = "judge"
+    low, high = 1.0, 5.0
+    needs_gpu = True
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
+        self.asked += [item.task.id for item in items]
+        grades: Future[list[ScorerGrade]] = Future()
+        if len(self.asked) == len(items):
+            grades.set_exception(RunError("gone"))
+        else:
+            grades.set_result([ScorerGrade("judge", 4.0) for _ in items])
+        return grades
+
+
+def test_a_second_suites_answers_are_kept_and_graded_under_the_names_of_the_search() -> None:
+    rubric = {"prompt": "{{ answer }}", "low": 1, "high": 5}
+    config = SuiteConfig.model_validate({"scorer": "judge", "rubric": rubric, "data": "a.jsonl"})
+    suite = Suite(config, tuple(Task(name, name, "", "all", name) for name in ("a", "b")))
+    judge = GoneAtFirst()
+    evaluator = EngineEvaluator(
+        DiskEngine(), suite, held_out=HeldOutSuite(suite), held_out_graders={"judge": judge}
+    )
+    names = ["holdout/b", "holdout/a"]
+    with pytest.raises(AnsweredRunError) as caught:
+        evaluator.begin(plain_recipe("live", "float32"), names, 0).result()
+    kept = caught.value.answers
+    assert [(one.task_id, one.answer, one.grade) for one in kept] == [
+        ("holdout/b", "b", None),
+        ("holdout/a", "a", None),
+    ]
+    graded = evaluator.grade(kept, 0).result()
+    assert [(one.task_id, one.answer, one.grade) for one in graded] == [
+        ("holdout/b", "b", 4.0),
+        ("holdout/a", "a", 4.0),
+    ]
+    assert judge.asked == ["b", "a", "b", "a"]
