@@ -19,6 +19,7 @@ from evomerge.terminal import (
     OverwriteOption,
     StorageOption,
     refuse_existing_file,
+    require_folder_of,
     say,
     stdout_for_results,
     storage_directory,
@@ -398,6 +399,8 @@ def eval_(
     if radar:
         check_radar_categories(task.category for task in tasks)
         check_charts(radar, overwrite=overwrite)
+        for path in radar:
+            require_folder_of(path)
     with engines_at_work():
         contestants = _contestants(models, inputs)
         try:

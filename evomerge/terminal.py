@@ -46,9 +46,19 @@ def storage_directory(option: Path | None, study: StudyConfig | None = None) -> 
 
 
 def refuse_existing_file(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError where `path` is there and may not be replaced."""
+    """Raises OutputExistsError where `path` is there and may not be replaced.
+
+    ConfigError where its folder is not there.
+    """
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
+    require_folder_of(path)
+
+
+def require_folder_of(path: Path) -> None:
+    """Raises ConfigError where the folder that `path` is to be written in is not there."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: cannot be written: there is no folder {path.parent}")
 
 
 def write_new(path: Path, text: str, *, overwrite: bool) -> None:

@@ -241,6 +241,9 @@ def test_answers_without_a_grade_are_counted_and_left_out(here: Path) -> None:
         (("a", "a", "--suite", "suite.yaml"), ["a: is there twice"]),
         (("a", "--suite", "flat.yaml", "--radar", "r.png"), ["--radar", "3 categories"]),
         (("a", "--suite", "suite.yaml", "--radar", "r.gif"), ["r.gif", ".png"]),
+        (("a", "--suite", "suite.yaml", "--radar", "no/r.png"), ["no/r.png", "no folder no"]),
+        (("a", "--suite", "suite.yaml", "--markdown", "no/t.md"), ["no/t.md", "no folder no"]),
+        (("a", "--suite", "suite.yaml", "--split", "dev"), ["no split 'dev'"]),
         (("a", "--suite", "suite.yaml", "--data", "no.jsonl"), ["no.jsonl"]),
         (("a", "--suite", "suite.yaml", "--max-model-len", "4"), ["context", "4 tokens"]),
         (

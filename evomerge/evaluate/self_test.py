@@ -29,11 +29,15 @@ def self_test(engine: Engine, suite: Suite) -> str:
     """
     if suite.harness is not None:
         return suite.harness.first_prompt(engine, suite.chat.system)
-    task = suite.tasks[0]
     _check_suite_prompt(suite)
     if uses_chat(engine, suite.chat):
-        _check_chat(engine, suite)
-    prompt = ask(engine, suite.chat, task)
+        # A router has system messages of its own.
+        systems = [
+            suite.chat.system if task.system is None else task.system for task in suite.tasks
+        ]
+        for system in dict.fromkeys(systems):
+            _check_chat(engine, suite, system)
+    prompt = ask(engine, suite.chat, suite.tasks[0])
     _check_beginning(engine, suite, prompt)
     return prompt
 
@@ -55,8 +59,9 @@ def _check_suite_prompt(suite: Suite) -> None:
     own = (task.input, *task.fields.values())
     escaped = len(_LITERAL_BREAK.findall(task.user))
     if escaped > sum(len(_LITERAL_BREAK.findall(text)) for text in own):
+        which = "prompt" if suite.config.router is None else "the router's prompt"
         raise ConfigError(
-            f"{suite.where}: prompt: it has the two characters \\n where a line break is meant; "
+            f"{suite.where}: {which}: it has the two characters \\n where a line break is meant; "
             'in YAML write it in double quotes ("Q: {{ input }}\\nA:") or as a block (|)'
         )
     if suite.chat.system is not None and _LITERAL_BREAK.search(suite.chat.system):
@@ -66,33 +71,31 @@ def _check_suite_prompt(suite: Suite) -> None:
         )
 
 
-def _check_chat(engine: Engine, suite: Suite) -> None:
+def _check_chat(engine: Engine, suite: Suite, system: str | None) -> None:
     """Raises ConfigError where the chat template loses something, or writes \\n as two letters."""
-    chat = suite.chat
-    said = messages(chat.system, [_USER])
-    prompt = engine.render(said, template=chat.template)
+    said = messages(system, [_USER])
+    prompt = engine.render(said, template=suite.chat.template)
     if _USER not in prompt:
         raise _refusal(suite, "it leaves out what the user says", prompt)
-    if "\\n" in prompt.replace(chat.system or _USER, ""):
+    if "\\n" in prompt.replace(system or _USER, ""):
         raise _refusal(
             suite, "it writes the two characters \\n where a line break is meant", prompt
         )
-    if chat.system is not None and chat.system.strip() not in prompt:
+    if system is not None and system.strip() not in prompt:
         raise _refusal(
             suite, "it silently drops the system prompt (leave out `system:` to go without)", prompt
         )
-    if not _has_cue(engine, suite, prompt):
+    if not _has_cue(engine, suite, system, prompt):
         raise _refusal(suite, "nothing in it says that the answer begins now", prompt)
 
 
-def _has_cue(engine: Engine, suite: Suite, prompt: str) -> bool:
+def _has_cue(engine: Engine, suite: Suite, system: str | None, prompt: str) -> bool:
     """Whether the prompt ends in what comes before an answer.
 
     Templates add that where they are asked for it. Some (Llama 2's) always end the user's turn
     with it; then nothing stands between the prompt and an answer in a whole chat.
     """
     template = suite.chat.template
-    system = suite.chat.system
     plain = engine.render(messages(system, [_USER]), template=template, cue=False)
     if plain != prompt:
         return True

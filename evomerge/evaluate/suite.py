@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["JUDGE", "ScorerGrade", "Suite", "SuiteConfig", "Task", "TaskResult"]
 
 _NAMED_AT_MOST = 5
+# A text that no task and no template holds.
+_ANY_ANSWER = "Evomerge answers this."
 _NOTHING_OF_ITS_OWN = GenerationConfig()
 
 
@@ -297,13 +299,20 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
 
 
 def _check_rubric(suite: Suite) -> None:
-    """Raises ConfigError where the judge's prompt cannot be made of one of the tasks."""
+    """Raises ConfigError where the judge's prompt cannot be made of one of the tasks.
+
+    Or where it does not show the answer.
+    """
     if suite.rubric is not None:
         for task in suite.tasks:
             for turn in range(1 + len(task.turns)):
-                earlier = ("an answer",) * turn
-                request = GradeRequest(task.at_turn(turn), "an answer", 0, earlier)
-                suite.rubric.question(request)
+                earlier = (_ANY_ANSWER,) * turn
+                request = GradeRequest(task.at_turn(turn), _ANY_ANSWER, 0, earlier)
+                if _ANY_ANSWER not in suite.rubric.question(request):
+                    raise ConfigError(
+                        f"{suite.where}: rubric.prompt: it does not show the judge the answer; "
+                        "write {{ answer }} where it belongs"
+                    )
 
 
 def _check_gates(suite: Suite) -> None:

@@ -131,6 +131,10 @@ class JoinConfig(_Strict):
     key: Annotated[str, Field(min_length=1)]
 
 
+# The judge's server is told each of them.
+_MOST_GRADES = 100
+
+
 class RubricConfig(_Strict):
     """What a judge is told (a Jinja template, `evaluate.rubric.Rubric`) and may give.
 
@@ -146,6 +150,8 @@ class RubricConfig(_Strict):
     def _is_a_range(self) -> Self:
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.high - self.low > _MOST_GRADES:
+            raise ValueError(f"grades are whole numbers, at most {_MOST_GRADES + 1} different ones")
         if self.empty is not None and not self.low <= self.empty <= self.high:
             raise ValueError(f"empty {self.empty:g} is not in {self.low} to {self.high}")
         return self
@@ -342,6 +348,13 @@ class SuiteConfig(_Strict):
             if name not in known and not is_code(name):
                 raise ValueError(f"no scorer {name!r}{nearest(name, known)}")
         return scorer
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks_each_task(cls, prompt: str) -> str:
+        if "{{" not in prompt and "{%" not in prompt:
+            raise ValueError("it says the same to every task; write {{ input }} where that belongs")
+        return prompt
 
     @field_validator("only")
     @classmethod

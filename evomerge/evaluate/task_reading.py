@@ -60,9 +60,9 @@ def read_tasks(
     tasks = [_task(config, id_column, row) for row in rows]
     _refuse_repeated_ids(tasks, rows)
     _refuse_empty(config, tasks, rows)
+    _check_categories(config, tasks, tables[0])
     for task, row in zip(tasks, rows, strict=True):
         _check_scorable(config, scorers, task, row)
-    _check_categories(config, tasks, tables[0])
     return tuple(tasks)
 
 
@@ -99,7 +99,7 @@ def _kept(config: SuiteConfig, rows: Sequence[Row]) -> list[Row]:
             if not any(_is(one, value) for one in found):
                 known = dict.fromkeys(_written(one) for one in found)
                 raise ConfigError(
-                    f"{rows[0].where}: only: {column}: no row has {value!r}"
+                    f"{rows[0].where}: only: {column}: no row has {_written(value)!r}"
                     f"{nearest(_written(value), known)}"
                 )
         kept = [
@@ -236,10 +236,14 @@ def _refuse_repeated_ids(tasks: Sequence[Task], rows: Sequence[Row]) -> None:
 
 def _refuse_empty(config: SuiteConfig, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
     """Raises ConfigError that names every task without words, or without a right answer."""
+    no_id = [not task.id.strip() for task in tasks]
     no_input = [not task.input.strip() for task in tasks]
+    no_turn = [not all(turn.strip() for turn in task.turns) for task in tasks]
     no_reference = [_has_reference(config, task) and not task.reference.strip() for task in tasks]
     for column, hint, empty in (
+        ("the id (suite key id)", "", no_id),
         (f"{config.input!r} (suite key input)", "", no_input),
+        (f"one of {', '.join(config.turns)} (suite key turns)", "", no_turn),
         (
             f"{config.reference!r} (suite key reference)",
             "; `reference: null` says that there are none",
@@ -265,7 +269,10 @@ def _check_scorable(
 ) -> None:
     for name, scorer in scorers.items():
         if objection := scorer.objection(task):
-            raise ConfigError(f"{row.where}: scorer {name}: {objection}")
+            why = (
+                "" if _has_reference(config, task) else " (as `reference` or `reference_for` says)"
+            )
+            raise ConfigError(f"{row.where}: scorer {name}: {objection}{why}")
 
 
 def _check_categories(config: SuiteConfig, tasks: Iterable[Task], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_template_that_spoils_the_prompt_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         self_test(engine_with(tmp_path, template), suite_of(**settings))
+
+
+def test_a_template_that_drops_a_routers_system_prompt_is_refused(tmp_path: Path) -> None:
+    suite = suite_of()
+    routed = replace(suite, tasks=(*suite.tasks, replace(suite.tasks[0], id="2", system="Count.")))
+    with pytest.raises(ConfigError, match="silently drops the system prompt"):
+        self_test(engine_with(tmp_path, DROPPING), routed)
+    self_test(engine_with(tmp_path, CHATML), routed)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,9 @@ def test_the_columns_task_id_and_question_id_are_ids_without_being_named(tmp_pat
         (b"input,output\na,b\n", {"only": {"output": "c"}}, "output: no row has 'c'; known are b"),
         (b"input,output\na,b\nc,d\n", {"only": {"input": "a", "output": "d"}}, "none of 2 rows"),
         (b"input,output\na,b\n", {"by_category": {"x": {"top_p": 0.5}}}, "by_category: no task"),
+        (b"id,input,output\n ,a,b\n", {}, r"t\.csv:2: the id \(suite key id\) is empty"),
+        (b"input,output,t\na,b,\n", {"turns": "t"}, r"one of t \(suite key turns\) is empty"),
+        (b"input\na\n", {"reference": None}, r"the reference is empty \(as `reference` or"),
         (b"id,input,output\n1,a,b\n1,c,d\n", {}, r"t\.csv:3: id '1' stands in line 2 too"),
     ],
 )
@@ -345,6 +348,8 @@ def test_texts_may_stand_in_files_of_their_own(tmp_path: Path) -> None:
     [
         ({"rubric": {"prompt": "x", "low": 5, "high": 1}}, "low 5 must be below high 1"),
         ({"rubric": {"prompt": "x", "low": 1, "high": 5, "empty": 0}}, "empty 0 is not in 1 to 5"),
+        ({"rubric": {"prompt": "x", "low": 0, "high": 10**9}}, "at most 101 different ones"),
+        ({"prompt": "Answer."}, "it says the same to every task"),
         ({"fields": {"answer": "a"}}, "'answer' cannot name a field"),
         ({"chat_template": "llm-jp"}, "did you mean 'llm-jp-3'?"),
         ({"chat": False, "chat_template": "llm-jp-3"}, "no use for chat_template"),
@@ -365,6 +370,15 @@ def test_a_judges_prompt_that_no_task_can_fill_is_refused_at_once(tmp_path: Path
     rubric = {"prompt": "{{ eval_aspect }}", "low": 1, "high": 5}
     with pytest.raises(ConfigError, match=r"judge: .*'eval_aspect' is undefined"):
         loaded(write_table(tmp_path, ".jsonl", ROWS), scorer="judge", rubric=rubric)
+
+
+def test_a_judges_prompt_without_the_answer_is_refused_at_once(tmp_path: Path) -> None:
+    rubric = {"prompt": "Grade the answer to {{ input }}.", "low": 1, "high": 5}
+    path = write_table(tmp_path, ".jsonl", ROWS)
+    with pytest.raises(ConfigError, match=r"rubric\.prompt: it does not show the judge the answer"):
+        loaded(path, scorer="judge", rubric=rubric)
+    shown = rubric | {"prompt": "{{ turns[-1].answer }}"}
+    assert loaded(path, scorer="judge", rubric=shown).rubric is not None
 
 
 def test_presets_say_where_their_tasks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
