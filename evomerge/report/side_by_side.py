@@ -92,10 +92,12 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
 
 def _judging(took: Mapping[str, Any]) -> str:
     """What the judge took for a model's grades, and what of it was not paid now."""
+    if not took["prompt_tokens"] and took["reused"] == took["grades"]:
+        return f"its {took['grades']} grades were there already, and cost nothing."
     cost = "" if took["cost"] is None else f", {took['cost']:.4g} by its prices"
     words = (
-        f"the judge took {took['prompt_tokens']} + {took['completion_tokens']} tokens{cost} for "
-        f"{took['grades']} grades"
+        f"the judge took {took['prompt_tokens']} tokens of prompts and "
+        f"{took['completion_tokens']} of replies{cost} for {took['grades']} grades"
     )
     if not took["reused"]:
         return f"{words}."

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from evomerge.report.importance import importance_table
 from evomerge.report.screen import Screen
-from evomerge.report.side_by_side import categories_table, evaluation_table
+from evomerge.report.side_by_side import categories_table, evaluation_notes, evaluation_table
 from evomerge.report.table import Row, outcome_table, short_names
 
 MODELS = ["models/base", "models/[red]expert", f"owner/{'long-' * 12}name"]
@@ -64,6 +64,15 @@ def test_no_number_is_broken_and_no_name_cut_on_80_columns(unscored: int) -> Non
     for line in (*scores, *categories):
         assert len(line) <= 80
         assert "…" not in line
+
+
+def test_grades_that_another_run_paid_for_took_nothing() -> None:
+    document = found()
+    for row in document["models"]:
+        took = {"grades": 160, "reused": 160, "prompt_tokens": 0, "completion_tokens": 0}
+        row |= {"reason": None, "cut": 0, "gates": {}, "judging": {**took, "cost": None}}
+    notes = evaluation_notes(document)
+    assert f"{MODELS[0]}: its 160 grades were there already, and cost nothing." in notes
 
 
 def test_where_there_is_no_terminal_a_table_is_as_wide_as_it_is(
