@@ -429,7 +429,7 @@ def eval_(
     if markdown is not None:
         write_new(markdown, evaluation_markdown(found), overwrite=overwrite)
     if radar and any(one.score is not None for one in measured):
-        for note in draw_radar(evaluation_radar(found), radar, title=suite):
+        for note in draw_radar(evaluation_radar(found), radar, title=Path(suite).stem):
             say(f"note: {note}")
     if any(one.reason is not None for one in measured):
         raise typer.Exit(1)
