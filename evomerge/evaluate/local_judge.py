@@ -180,14 +180,19 @@ def _how_it_ended(
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return (
         f"judge: local: vLLM, which served {server.local}, ended {how}; the end of what it wrote:\n"
-        f"{_last_lines(written)}\n"
+        f"{_last_lines(written, errors_first=True)}\n"
     )
 
 
-def _last_lines(written: IO[bytes]) -> str:
+def _last_lines(written: IO[bytes], *, errors_first: bool = False) -> str:
+    """The end of what was written; with `errors_first` of vLLM's errors, where it wrote some.
+
+    What it writes after them, when it ends, is of no interest.
+    """
     written.seek(0)
     lines = written.read().decode(errors="replace").splitlines()
-    return "\n".join(lines[-_LINES_TOLD:])
+    errors = [line for line in lines if "ERROR" in line] if errors_first else []
+    return "\n".join((errors or lines)[-_LINES_TOLD:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

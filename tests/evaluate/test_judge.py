@@ -485,7 +485,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self):
-        print("out of memory", flush=True)
+        print("ERROR out of memory\\nleaked: a semaphore", flush=True)
         if os.fork():
             os._exit(7)
         time.sleep(60)
@@ -520,7 +520,7 @@ def test_a_server_of_ours_that_ends_stops_the_run_at_once(
         assert time.monotonic() - start < 30  # its `timeout` is 120, its `patience` 300
     assert str(caught.value) == (
         "judge: local: vLLM, which served some/model, ended with status 7; the end of what it "
-        "wrote:\nout of memory\n"
+        "wrote:\nERROR out of memory\n"
     )
 
 
