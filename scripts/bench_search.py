@@ -79,7 +79,7 @@ def main() -> None:
             kinds = ("hill", "rugged") if options.quick else options.kinds
             shares(pool, kinds, DIMENSIONS[:1] if options.quick else DIMENSIONS, seeds)
         if "peers" in parts:
-            peers(pool, seeds, options.quick, options.gp_seeds)
+            peers(pool, seeds, options.quick)
         if "curse" in parts:
             curse(pool, 60 if options.quick else 400)
     if "replay" in parts and options.grades:
@@ -93,7 +93,6 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer of everything, in a minute")
     parser.add_argument("--seeds", type=int, default=24)
-    parser.add_argument("--gp-seeds", type=int, default=2, help="Optuna's GP takes minutes each")
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--grades", type=Path, help="real grades, for the replay")
@@ -202,11 +201,11 @@ def shares(pool: Pool, kinds: Sequence[str], dimensions: Sequence[int], seeds: r
             print(row, flush=True)
 
 
-def peers(pool: Pool, seeds: range, quick: bool, gp_seeds: int) -> None:
+def peers(pool: Pool, seeds: range, quick: bool) -> None:
     """Prints ours less each peer, at equal budgets."""
     print(
         "\n## Optuna's samplers at equal cost, landscape `hill`\n\n"
-        "True score of ours less the peer's (± standard error; seeds in brackets).\n"
+        f"True score of ours less the peer's, {len(seeds)} seeds (± standard error).\n"
     )
     names = PEERS[:2] if quick else PEERS
     print(f"| genes | task evaluations | ours | {' | '.join(names)} |\n|---|---|---|{'---|' * 3}")
@@ -215,10 +214,8 @@ def peers(pool: Pool, seeds: range, quick: bool, gp_seeds: int) -> None:
         ours = _truths(pool, [Job("ours", "hill", dimension, seed, budget) for seed in seeds])
         cells = []
         for name in names:
-            some = len(seeds) if name != "gp" else gp_seeds if candidates <= 100 else 0
-            jobs = [Job(name, "hill", dimension, seed, budget) for seed in seeds[:some]]
-            theirs = _truths(pool, jobs)
-            cells.append(f"{_difference(ours[:some] - theirs)} ({some})" if some else "–")
+            theirs = _truths(pool, [Job(name, "hill", dimension, seed, budget) for seed in seeds])
+            cells.append(_difference(ours - theirs))
         print(f"| {dimension} | {budget} | {ours.mean():.3f} | {' | '.join(cells)} |", flush=True)
 
 

@@ -286,7 +286,7 @@ def engine_variables(config: EngineConfig) -> dict[str, str]:
         **threads,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.repeatable else "1",
         # A forked engine would inherit this process's locks and its half-used thread pool.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
         OWNED_VARIABLE: "1",
     }
