@@ -23,13 +23,12 @@ from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.evaluate.suite_config import (
     HARNESS,
-    JOINED,
-    JUDGE,
     GenerationConfig,
     HarnessConfig,
     SuiteConfig,
     read_suite_config,
 )
+from evomerge.evaluate.suite_layers import JOINED, JUDGE
 from evomerge.evaluate.task import GradeRequest, ScorerGrade, Task, TaskResult
 from evomerge.evaluate.task_reading import find_tables, read_tasks
 from evomerge.resources import is_bare_name, locate

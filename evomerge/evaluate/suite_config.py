@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -30,39 +29,13 @@ from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS
 from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.own_scorers import entry_point_names, is_code
 from evomerge.evaluate.scorers import SCORERS
+from evomerge.evaluate.suite_layers import JUDGE, as_table, put_together, suite_content
 from evomerge.evaluate.tables import read_text
-from evomerge.resources import data_root, is_bare_name, locate
-from evomerge.strict_yaml import read_yaml
+from evomerge.resources import data_root
 from evomerge.wording import Location, complaint, only_follows
 
-# The scorer that a language model behind a network stands for.
-JUDGE = "judge"
 # What grades where lm-evaluation-harness does.
 HARNESS = "lm-eval"
-
-# The preset whose rubric a suite with a judge has that says nothing of one.
-_USUAL_RUBRIC = "jsonl-judge"
-
-# A suite of one's own adds to these of the suite that it is like, others it replaces.
-_MERGED = ("rubric", "by_category", "fields", "splits")
-# Of these `null` takes back what the other says; in the mappings also of a single key.
-_TAKEN_BACK = (
-    "by_category",
-    "fields",
-    "splits",
-    "only",
-    "gates",
-    "turns",
-    "turn_references",
-    "choices",
-    "stop",
-)
-# Values that may be the text of a file: {file: NAME}, relative to the file that says so.
-_TEXTS = ("prompt", "chat_template")
-JOINED = "join.file"
-
-# What a suite says, and the folder of its file; after it, the same of the suite that it is like.
-_Layers: TypeAlias = list[tuple[Mapping[str, Any], Path]]
 
 
 class _Strict(BaseModel):
@@ -165,10 +138,6 @@ class GenerationConfig(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     stop: Names | None = None
-
-
-def _as_table(value: object) -> object:
-    return {"table": value} if isinstance(value, str) else value
 
 
 class RouterConfig(_Strict):
@@ -309,7 +278,7 @@ class SuiteConfig(_Strict):
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     stop: Names = ()
     by_category: Mapping[str, GenerationConfig] = {}
-    router: Annotated[RouterConfig, BeforeValidator(_as_table)] | None = None
+    router: Annotated[RouterConfig, BeforeValidator(as_table)] | None = None
     selection_temperature: float = Field(default=0.7, gt=0.0)
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
@@ -322,13 +291,12 @@ class SuiteConfig(_Strict):
         if not isinstance(content, Mapping):
             return handler(content)
         folder = (info.context or {}).get("folder", Path())
-        layers: _Layers = []
         try:
-            whole = _with_split(_with_rubric(_complete(dict(content), folder, layers)))
+            whole, files = put_together(content, folder)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         config = handler(whole)
-        config._origin = _Origin(_named_files(layers))
+        config._origin = _Origin(files)
         return config
 
     @field_validator("scorer")
@@ -433,7 +401,7 @@ def read_suite_config(
     `split` is taken in place of the file's. `trust_code` allows scorers that are code of somebody's
     own.
     """
-    content = _content(path)
+    content = suite_content(path)
     if split is not None:
         content["split"] = split
     return suite_from_mapping(content, path.parent, str(path), trust_code=trust_code)
@@ -458,205 +426,6 @@ def suite_from_mapping(
 def chat_template_names() -> list[str]:
     """The names of the chat templates that ship."""
     return sorted(path.stem for path in _templates().glob("*.jinja"))
-
-
-def _content(path: Path) -> dict[str, Any]:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a suite is a mapping with the keys {', '.join(_keys())}")
-    return content
-
-
-def _complete(
-    content: dict[str, Any], folder: Path, layers: _Layers, seen: Sequence[Path] = ()
-) -> dict[str, Any]:
-    """`content` with the texts of its files, and what it is like below it; notes the `layers`.
-
-    Raises ConfigError where a file is not there, or a suite is like itself.
-    """
-    layers.append((content, folder))
-    filled = _with_texts(content, folder)
-    like = filled.pop("like", None)
-    if like is None:
-        return _without_nulls(filled)
-    if not isinstance(like, str):
-        raise ConfigError(f"like: {like!r} is neither a preset's name nor a suite file")
-    path = locate(like if is_bare_name(like) else str(folder / like), "evaluators")
-    if path in seen:
-        raise ConfigError(f"like: {path} is like itself")
-    below = _complete(_content(path), path.parent, layers, (*seen, path))
-    below = _with_code_beside(_with_data_beside(below, path.parent), path.parent, folder)
-    for key in _MERGED:
-        if isinstance(below.get(key), Mapping) and isinstance(filled.get(key), Mapping):
-            filled[key] = {**below[key], **filled[key]}
-    return _without_nulls({**below, **filled})
-
-
-def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` without what a `null` took back of the suite that it is like."""
-    kept = {
-        key: content[key] for key in content if content[key] is not None or key not in _TAKEN_BACK
-    }
-    for key in _TAKEN_BACK:
-        if isinstance(value := kept.get(key), Mapping):
-            kept[key] = {name: value[name] for name in value if value[name] is not None}
-    return kept
-
-
-def _with_rubric(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with a rubric for its judge: without one of its own that of jsonl-judge."""
-    scorer = content.get("scorer")
-    names = scorer if isinstance(scorer, Mapping) else (scorer,)
-    if content.get("rubric") is not None or JUDGE not in names:
-        return content
-    path = locate(_USUAL_RUBRIC, "evaluators")
-    return {**content, "rubric": _with_texts(_content(path), path.parent)["rubric"]}
-
-
-def _with_split(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with the rows, or the files of the hub, that its `split` is, for `split` itself.
-
-    Raises ConfigError where there is no such split.
-    """
-    splits, split = content.pop("splits", {}), content.pop("split", None)
-    if not isinstance(splits, Mapping) or not all(
-        isinstance(one, Mapping) for one in splits.values()
-    ):
-        raise ConfigError(
-            "splits: right is a mapping of names to rows, as of `only`: {dev: {year: [2023, 2024]}}"
-        )
-    if split is None:
-        return content
-    if split in splits:
-        only = content.get("only", {})
-        return {**content, "only": {**only, **splits[split]} if isinstance(only, Mapping) else only}
-    data = content.get("data")
-    if isinstance(data, Mapping) and data.get("hub") and not data.get("file"):
-        return {**content, "data": {**data, "split": split}}
-    known = (
-        nearest(str(split), splits)
-        if splits
-        else (
-            "; the suite has no `splits:` (as splits: {dev: {COLUMN: VALUE}}), and `data:` is no "
-            "dataset of the hub without a file"
-        )
-    )
-    raise ConfigError(f"split: there is no split {split!r}{known}")
-
-
-def _with_data_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A suite file's own tables and folders stay the ones beside it."""
-    beside = dict(content)
-    if isinstance(content.get("data"), str):
-        beside["data"] = _beside(content["data"], folder)
-    router = _as_table(content.get("router"))
-    if isinstance(router, Mapping):
-        places = {"table": _beside(router["table"], folder)} if "table" in router else {}
-        embedding = router.get("embedding")
-        # What is no folder beside the file is a model of the hub.
-        if isinstance(embedding, str) and (folder / Path(embedding).expanduser()).is_dir():
-            places["embedding"] = _beside(embedding, folder)
-        beside["router"] = {**router, **places}
-    return beside
-
-
-def _with_code_beside(content: dict[str, Any], folder: Path, seen_from: Path) -> dict[str, Any]:
-    """A suite file's own scorers, and its harness's task files, stay the ones beside it.
-
-    Their names are as seen from the suite that is like it: these are part of a digest, in which
-    the place of all the files has no part.
-    """
-
-    def placed(name: str) -> str:
-        place = Path(name).expanduser()
-        return str(place if place.is_absolute() else os.path.relpath(folder / place, seen_from))
-
-    def renamed(name: object) -> object:
-        place, _, function = str(name).rpartition(":")
-        return f"{placed(place)}:{function}" if place.endswith(".py") else name
-
-    beside = dict(content)
-    scorer, harness = content.get("scorer"), content.get("harness")
-    if isinstance(scorer, Mapping):
-        beside["scorer"] = {renamed(name): scorer[name] for name in scorer}
-    elif isinstance(scorer, str):
-        beside["scorer"] = renamed(scorer)
-    if isinstance(harness, Mapping) and isinstance(harness.get("include_path"), str):
-        beside["harness"] = {**harness, "include_path": placed(harness["include_path"])}
-    return beside
-
-
-def _beside(name: object, folder: Path) -> object:
-    # Absolute: whoever reads it puts another folder in front of what is not.
-    return str((folder / Path(name).expanduser()).absolute()) if isinstance(name, str) else name
-
-
-def _with_texts(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    filled = {
-        key: _text(value, key, folder) if key in _TEXTS else value for key, value in content.items()
-    }
-    rubric = filled.get("rubric")
-    if isinstance(rubric, Mapping) and "prompt" in rubric:
-        text = _text(rubric["prompt"], "rubric.prompt", folder)
-        filled["rubric"] = {**rubric, "prompt": text}
-    return filled
-
-
-def _text(value: object, key: str, folder: Path) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    if set(value) != {"file"} or not isinstance(value["file"], str):
-        raise ConfigError(f"{key}: right is a text or {{file: NAME}}")
-    path = folder / Path(value["file"]).expanduser()
-    try:
-        return read_text(path)
-    except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
-
-
-def _named_files(layers: _Layers) -> tuple[NamedFile, ...]:
-    """The files that make up a suite: of each key those of the first layer that has it.
-
-    Of `like` those of all layers.
-    """
-    found: list[NamedFile] = []
-    decided: set[str] = set()
-    for content, folder in layers:
-        said = _may_name_files(content)
-        for key in [key for key in said if key not in decided]:
-            names = [Path(name).expanduser() for name in _names_in(said[key])]
-            found += [
-                NamedFile(key, name if key == JOINED else folder / name, folder) for name in names
-            ]
-        decided |= said.keys() - {"like"}
-    return tuple(found)
-
-
-def _may_name_files(content: Mapping[str, Any]) -> dict[str, object]:
-    """Key -> what may be a file's name or several, of each key of a suite that may name some."""
-    said = {key: content[key] for key in ("data", "like") if key in content}
-    for key in _TEXTS:
-        if key in content:
-            said[key] = _part(content[key], "file")
-    rubric = content.get("rubric")
-    if "rubric" in content and ("prompt" in rubric if isinstance(rubric, Mapping) else True):
-        said["rubric.prompt"] = _part(_part(rubric, "prompt"), "file")
-    if "router" in content:
-        said["router.table"] = _part(_as_table(content["router"]), "table")
-    if "join" in content:
-        said[JOINED] = _part(content["join"], "file")
-    if isinstance(like := said.get("like"), str) and is_bare_name(like):
-        del said["like"]
-    return said
-
-
-def _part(value: object, key: str) -> object:
-    return value.get(key) if isinstance(value, Mapping) else None
-
-
-def _names_in(value: object) -> list[str]:
-    names = value if isinstance(value, list | tuple) else [value]
-    return [name for name in names if isinstance(name, str)]
 
 
 def _templates() -> Path:
