@@ -21,6 +21,8 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.\w+")
+# What the hub itself writes; files of these names leave no word to others.
+_SPLIT_SHARD = re.compile(r"data/([^/]*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 
 
 def files_of_split(names: Sequence[str], card: str, config: str | None, split: str) -> list[str]:
@@ -112,17 +114,20 @@ def _by_name(tables: Sequence[str]) -> dict[str, list[str]]:
     """Split -> tables whose folder or name says so; where none does all of them are `train`."""
     splits: dict[str, list[str]] = {}
     for name in tables:
+        if shard := _SPLIT_SHARD.fullmatch(name):
+            splits.setdefault(shard[1], []).append(name)
+    if splits:
+        return splits  # such names say it all: dev is dev there, and test_a is not test
+    for name in tables:
         for split in _splits_in(name):
             splits.setdefault(split, []).append(name)
     return splits or ({"train": list(tables)} if tables else {})
 
 
 def _splits_in(name: str) -> list[str]:
-    """The splits that a file is of by its name: a usual one, else `data/NAME-00000-of-00001`."""
+    """The usual splits that a file is of by the words in its name."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    usual = [split for split, some in _WORDS.items() if words.intersection(some)]
-    shard = _SHARD.fullmatch(PurePosixPath(name).name)
-    return usual or ([shard[1]] if shard else [])
+    return [split for split, some in _WORDS.items() if words.intersection(some)]
 
 
 def _is_table(name: str) -> bool:

@@ -148,7 +148,7 @@ class Suite:
     def answer_limits(self, task_ids: Sequence[str]) -> tuple[int, ...]:
         """The most tokens that answers to these tasks may have, each number once, rising.
 
-        None where nothing is written, or lm-evaluation-harness says how much.
+        Empty where nothing is written, or lm-evaluation-harness says how much.
         """
         if not self.generates:
             return ()
@@ -186,14 +186,15 @@ def load_suite(
     table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
     are code of somebody's own (of a configuration that was asked when it was read). `typed`: the
     user named the suite file, no other file did. `split` is taken of a suite file in place of its
-    own. `find_model` gives the folder of a router's
-    embedding that is none in `folder` (one of the hub).
+    own. `find_model` gives the folder of a router's embedding that is none in `folder` (one of the
+    hub).
     Raises ConfigError naming file and line on whatever is wrong.
     """
     where = "suite"
     by_name: tuple[NamedFile, ...] = ()
     if not isinstance(suite, SuiteConfig):
-        path = locate(suite if is_bare_name(suite) else str(folder / suite), "evaluators")
+        place = suite if is_bare_name(suite) else str(folder / Path(suite).expanduser())
+        path = locate(place, "evaluators")
         where = suite if is_bare_name(suite) else str(path)
         by_name = () if typed else (NamedFile("suite", path, folder),)
         suite, folder = read_suite_config(path, split=split, trust_code=trust_code), path.parent

@@ -386,6 +386,11 @@ class SuiteConfig(_Strict):
         """
         return self._origin.files
 
+    @property
+    def has_typed_table(self) -> bool:
+        """Whether its table is one that the user named, and no file (`with_data`)."""
+        return isinstance(self.data, str) and all(one.key != "data" for one in self.files)
+
     def with_data(self, table: Path) -> SuiteConfig:
         """The same suite with a table of the user's own, which no file names."""
         changed = self.model_copy(update={"data": str(table.absolute())})

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, nearest, shown
 from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.tables import read_text
 from evomerge.resources import is_bare_name, locate
@@ -84,7 +84,8 @@ def _complete(
         return _without_nulls(filled)
     if not isinstance(like, str):
         raise ConfigError(f"like: {like!r} is neither a preset's name nor a suite file")
-    path = locate(like if is_bare_name(like) else str(folder / like), "evaluators")
+    place = like if is_bare_name(like) else str(folder / Path(like).expanduser())
+    path = locate(place, "evaluators")
     if path in seen:
         raise ConfigError(f"like: {path} is like itself")
     below = _complete(suite_content(path), path.parent, layers, (*seen, path))
@@ -130,15 +131,19 @@ def _with_split(content: dict[str, Any]) -> dict[str, Any]:
         )
     if split is None:
         return content
-    if split in splits:
+    if not isinstance(split, str | int):
+        raise ConfigError(f"split: right is the name of one split (given: {shown(split)})")
+    # YAML has numbers for names, as 2024; the command line has texts.
+    split, rows = str(split), {str(name): some for name, some in splits.items()}
+    if split in rows:
         only = content.get("only", {})
-        return {**content, "only": {**only, **splits[split]} if isinstance(only, Mapping) else only}
+        return {**content, "only": {**only, **rows[split]} if isinstance(only, Mapping) else only}
     data = content.get("data")
     if isinstance(data, Mapping) and data.get("hub") and not data.get("file"):
         return {**content, "data": {**data, "split": split}}
     known = (
-        nearest(str(split), splits)
-        if splits
+        nearest(split, rows)
+        if rows
         else (
             "; the suite has no `splits:` (as splits: {dev: {COLUMN: VALUE}}), and `data:` is no "
             "dataset of the hub without a file"

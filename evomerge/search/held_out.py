@@ -33,8 +33,14 @@ class HeldOutSuite:
                 f"suite: the id {named_alike[0]!r} begins as those of a second suite's tasks do "
                 f"({_PREFIX!r}); give that task another one"
             )
-        seen = {_content(task) for task in searched.tasks}
-        both = [task.id for task in self.suite.tasks if _content(task) in seen]
+        seen: dict[tuple[object, ...], list[Task]] = {}
+        for task in searched.tasks:
+            seen.setdefault(_question(task), []).append(task)
+        both = [
+            task.id
+            for task in self.suite.tasks
+            if any(_agree(task, other) for other in seen.get(_question(task), ()))
+        ]
         if both:
             raise ConfigError(
                 f"holdout: {self.suite.where}: {len(both)} of its {len(self.suite.tasks)} tasks "
@@ -71,6 +77,11 @@ def answers_renamed() -> Iterator[None]:
         raise
 
 
-def _content(task: Task) -> tuple[object, ...]:
-    """What makes it the same task, whatever it is called and however it is put."""
-    return task.input, task.turns, task.reference, task.choices
+def _question(task: Task) -> tuple[object, ...]:
+    """What is asked, whatever it is called and however it is put."""
+    return task.input, task.turns, task.choices
+
+
+def _agree(one: Task, other: Task) -> bool:
+    """Whether two tasks of one question are the same; a suite may do without right answers."""
+    return one.reference == other.reference or not (one.reference and other.reference)

@@ -247,6 +247,7 @@ def _begun_payload(opened: _Opened) -> dict[str, Any]:
     return {
         "study": study.config.to_mapping(),
         "folder": str(study.config.folder.absolute()),
+        "typed_table": study.config.has_typed_table,
         "asked_seed": opened.asked.sampler.seed,
         "space": space_to_mapping(study.space),
         "population": study.population,

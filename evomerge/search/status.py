@@ -22,7 +22,12 @@ from evomerge.search.candidates import (
 from evomerge.search.history import History, Part, trial_label
 from evomerge.search.log import EventLog, begun_with
 from evomerge.search.storage import is_held, open_log, stored_names
-from evomerge.search.study import StudyConfig, study_directory, study_from_mapping
+from evomerge.search.study import (
+    StudyConfig,
+    study_directory,
+    study_from_mapping,
+    with_options,
+)
 
 # peak: where a Gaussian process over all candidates is highest.
 Source: TypeAlias = Literal["trial", "mean", "peak", "model", "uniform", "warm start"]
@@ -254,9 +259,11 @@ def stored_study(storage: Path, name: str, *, trust_code: bool = False) -> Study
         asked["budget"] = {key: value for key, value in budget.items() if value is not None}
     if opened.get("judge"):
         asked["judge"] = opened["judge"]  # the same one, perhaps with other limits
-    return study_from_mapping(
+    config = study_from_mapping(
         asked, where=f"study {name}", folder=Path(begun["folder"]), trust_code=trust_code
     )
+    table = Path(asked["suite"]["data"]) if begun.get("typed_table") else None
+    return with_options(config, data=table)
 
 
 def existing_log(storage: Path, name: str) -> EventLog:

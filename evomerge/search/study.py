@@ -307,6 +307,11 @@ class StudyConfig(_Strict):
         """Whether code of somebody's own may run (scorers), and a judge be sent what it names."""
         return self._trust_code
 
+    @property
+    def has_typed_table(self) -> bool:
+        """Whether the tasks are in a table that the user named in place of the file's."""
+        return isinstance(self.suite, SuiteConfig) and self.suite.has_typed_table
+
     def with_seed(self, seed: int) -> StudyConfig:
         """The same study with another seed of its sampler."""
         sampler = self.sampler.model_copy(update={"seed": seed})
@@ -320,6 +325,9 @@ class StudyConfig(_Strict):
         if self.judge is not None:
             # As written: some keys exclude each other, and `temperature: null` says something.
             plain["judge"] = self.judge.model_dump(mode="json", exclude_unset=True)
+        for key, suite in (("suite", self.suite), ("holdout", self.holdout)):
+            if isinstance(suite, SuiteConfig) and suite.reference is None:
+                plain[key]["reference"] = None  # there are none, and by default there are
         return plain
 
 

@@ -290,6 +290,10 @@ def test_a_suites_splits_are_named_rows(tmp_path: Path) -> None:
     assert [asked(), asked(split="test"), asked(split="gold")] == ["ab", "c", "ac"]
     assert [asked(split=None), asked(split="b", splits={"b": {"input": "b"}})] == ["abc", "b"]
     assert [task.input for task in load_suite("mine.yaml", tmp_path, split="test").tasks] == ["c"]
+    years = {2023: {"year": 2023}, 2025: {"year": 2025}}
+    assert [asked(split=2025, splits=years), asked(split="2025", splits=years)] == ["c", "c"]
+    with pytest.raises(ValueError, match=r"split: right is the name of one .*given: \['dev'\]"):
+        asked(split=["dev"])
     with pytest.raises(ConfigError, match="split: there is no split 'tset'; did you mean 'test'"):
         load_suite("mine.yaml", tmp_path, split="tset")
     (tmp_path / "plain.yaml").write_text("data: tasks.jsonl")

@@ -154,6 +154,18 @@ def test_a_second_suite_that_cannot_be_held_out_is_refused(
     assert complaint in str(caught.value)
 
 
+def test_a_searched_task_without_its_right_answer_is_the_same_task(
+    study: Study, second: Callable[..., Path], tmp_path: Path
+) -> None:
+    second()
+    searched = load_suite(study(suite=SECOND).suite, tmp_path)
+    judged = {"scorer": "judge", "data": "second.jsonl", "reference": None}
+    judged_alone = load_suite(study(suite=judged).suite, tmp_path)
+    for one, other in ((searched, judged_alone), (judged_alone, searched)):
+        with pytest.raises(ConfigError, match="3 of its 3 tasks"):
+            HeldOutSuite(one).check_apart_from(other)
+
+
 def test_ids_that_look_like_those_of_a_second_suite_are_refused(
     study: Study, second: Callable[..., Path], tmp_path: Path
 ) -> None:

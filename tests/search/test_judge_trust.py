@@ -15,7 +15,11 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.graders import check_graders
 from evomerge.evaluate.judge_config import judge_from_mapping
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
+from evomerge.search.loop import run_search
+from evomerge.search.resolve import resolve_study
+from evomerge.search.status import stored_study
 from evomerge.search.study import StudyConfig, read_study, with_options
+from tests.search.formula import opener
 
 Study = Callable[..., StudyConfig]
 
@@ -220,6 +224,25 @@ def test_a_table_in_place_of_the_studys_is_the_users_word(folder: Path, study: S
     config = read_study(study(suite="jsonl-judge", judge=FAR).where)
     changed = with_options(config, data=folder / "tasks.jsonl")
     check_graders(load_suite(changed.suite, changed.folder), changed.judge)
+
+
+def test_a_table_that_was_typed_stays_the_users_word_when_the_study_goes_on(
+    folder: Path, study: Study, tmp_path: Path
+) -> None:
+    """And what the suite says by null stays said."""
+    suite = {"like": "jsonl-judge", "rubric": RUBRIC, "reference": None}
+    (folder / "own.jsonl").write_text(TASK + TASK.replace('"1"', '"2"'))
+    config = with_options(
+        study(suite=suite, judge=NEAR, holdout=0.5), data=tmp_path / "shared" / "own.jsonl"
+    )
+    storage = tmp_path / "storage"
+    run_search(config, storage=storage, open_evaluator=opener(grade=lambda *_: 3.0))
+    again = stored_study(storage, "formula")
+    assert isinstance(again.suite, SuiteConfig)
+    assert again.suite.reference is None
+    assert (again.has_typed_table, study().has_typed_table) == (True, False)
+    check_graders(load_suite(again.suite, folder.parent / "x"), judge_from_mapping(FAR, "f"))
+    assert resolve_study(again, storage).fingerprint == resolve_study(config, storage).fingerprint
 
 
 def test_a_dataset_on_the_hub_has_no_names_outside_of_it() -> None:
