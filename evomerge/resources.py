@@ -63,15 +63,16 @@ def is_bare_name(reference: str) -> bool:
     return not set(reference) & {".", "/", "\\"}
 
 
-def locate(reference: str, *kinds: PresetKind) -> Path:
+def locate(reference: str, *kinds: PresetKind, folder: Path = Path()) -> Path:
     """The file that `reference` means: a preset's if it is a bare name, else the path itself.
 
-    The preset may be of any of `kinds`. The working directory is never searched for a bare name.
+    The preset may be of any of `kinds`; a relative path starts at `folder`. The working directory
+    is never searched for a bare name.
     Raises ConfigError where there is no such preset or no such file.
     """
     if is_bare_name(reference):
         return _preset(reference, kinds)
-    path = Path(reference).expanduser()
+    path = folder / Path(reference).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path}: this {_words(kinds)} file {what}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from evomerge.evaluate.task import ScorerGrade, TaskResult
+from evomerge.evaluate.task import ScorerGrade, TaskResult, Usage
 from evomerge.schema import answers, events, grades
 
 
@@ -24,6 +24,13 @@ class PartGrade:
     prompt_tokens: int | None
     completion_tokens: int | None
     cost: float | None
+
+    def to_grade(self) -> ScorerGrade:
+        """The grade as it was written to the ledger."""
+        usage = None
+        if self.prompt_tokens is not None and self.completion_tokens is not None:
+            usage = Usage(self.prompt_tokens, self.completion_tokens, self.cost)
+        return ScorerGrade(self.scorer, self.grade, self.reply, usage, self.turn)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,7 @@ class LedgerRow:
             seconds=self.seconds,
             version=self.version,
             attempt=self.attempt,
-            details=tuple(
-                ScorerGrade(part.scorer, part.grade, part.reply, turn=part.turn)
-                for part in self.parts
-            ),
+            details=tuple(part.to_grade() for part in self.parts),
             gates=self.gates,
             earlier=self.earlier,
             settings=self.settings,

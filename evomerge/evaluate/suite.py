@@ -193,8 +193,7 @@ def load_suite(
     where = "suite"
     by_name: tuple[NamedFile, ...] = ()
     if not isinstance(suite, SuiteConfig):
-        place = suite if is_bare_name(suite) else str(folder / Path(suite).expanduser())
-        path = locate(place, "evaluators")
+        path = locate(suite, "evaluators", folder=folder)
         where = suite if is_bare_name(suite) else str(path)
         by_name = () if typed else (NamedFile("suite", path, folder),)
         suite, folder = read_suite_config(path, split=split, trust_code=trust_code), path.parent

@@ -84,8 +84,7 @@ def _complete(
         return _without_nulls(filled)
     if not isinstance(like, str):
         raise ConfigError(f"like: {like!r} is neither a preset's name nor a suite file")
-    place = like if is_bare_name(like) else str(folder / Path(like).expanduser())
-    path = locate(place, "evaluators")
+    path = locate(like, "evaluators", folder=folder)
     if path in seen:
         raise ConfigError(f"like: {path} is like itself")
     below = _complete(suite_content(path), path.parent, layers, (*seen, path))

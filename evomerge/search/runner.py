@@ -24,10 +24,9 @@ from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.bench import Bench, EngineKilledError
 from evomerge.search.candidates import (
     candidate_of,
-    model_label,
+    candidate_titles,
     recipe_digest,
     trial_number,
-    warm_label,
 )
 from evomerge.search.course import Course, GiveUp, Measure, Unit, Write
 from evomerge.search.events import Event
@@ -360,9 +359,7 @@ class Runner:
     def _title(self, label: str) -> str:
         """A candidate's name for readers: a model's or a warm start's is as the study writes it."""
         config = self._study.config
-        titles = {model_label(index): model for index, model in enumerate(config.models)}
-        titles |= {warm_label(index): start for index, start in enumerate(config.warm_start)}
-        return titles.get(label, label)
+        return candidate_titles(config.models, config.warm_start).get(label, label)
 
     def _story(self, unit: Unit, event: Event) -> Measured:
         """What happened with a trial in all its units, with others in this one."""

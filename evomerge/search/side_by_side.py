@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from evomerge.evaluate.evaluation import evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
-from evomerge.evaluate.ledger_query import LedgerRow, PartGrade, ledger_rows
+from evomerge.evaluate.ledger_query import ledger_rows
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
-from evomerge.evaluate.task import Grader, ScorerGrade, Task, TaskResult, Usage
+from evomerge.evaluate.task import Grader, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.search.selection import paired_interval, within
 
@@ -204,26 +204,17 @@ class SideBySide:
         """What the ledger has of the same evaluation, if it has all of it."""
         key = self._key(one)
         with can_be_read("the ledger"), self.database.begin() as connection:
-            all_rows = [
-                row
+            found = [
+                row.to_result()
                 for row in ledger_rows(connection, None, [one.name])
                 if (row.recipe_digest, row.suite_digest) == (key.recipe_digest, key.suite_digest)
                 and row.scorer == key.scorer
                 and row.grade is not None
             ]
-        rows = {row.task: row for row in all_rows}
-        if any(task.id not in rows for task in tasks):
+        results = {result.task_id: result for result in _paid_first(found)}
+        if any(task.id not in results for task in tasks):
             return None
-        # Of an answer that was given again the judge's reply was reused: what it took is beside
-        # the first one.
-        paid = {
-            _key_of(row, part): usage
-            for row in all_rows
-            for part in row.parts
-            if (usage := _usage(part)) is not None
-        }
-        results = tuple(_result(rows[task.id], paid) for task in tasks)
-        return Measured(one.name, results, known=True)
+        return Measured(one.name, tuple(results[task.id] for task in tasks), known=True)
 
     def _key(self, one: Contestant) -> UnitKey:
         return UnitKey(
@@ -376,36 +367,27 @@ def _line(name: str, measured: Measured) -> str:
     return f"{name} | {', '.join(parts)} | score {score}"
 
 
-def _usage(part: PartGrade) -> Usage | None:
-    if part.prompt_tokens is None or part.completion_tokens is None:
-        return None
-    return Usage(part.prompt_tokens, part.completion_tokens, part.cost)
+def _paid_first(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """The results with what their judge took beside each grade, whichever of them paid for it.
 
-
-def _key_of(row: LedgerRow, part: PartGrade) -> tuple[object, ...]:
-    return row.task, part.scorer, part.turn, part.reply
-
-
-def _result(row: LedgerRow, paid: Mapping[tuple[object, ...], Usage]) -> TaskResult:
-    return TaskResult(
-        task_id=row.task,
-        prompt=row.prompt,
-        answer=row.answer,
-        finish_reason=row.finish_reason,
-        grade=row.grade,
-        seconds=row.seconds,
-        version=row.version,
-        attempt=row.attempt,
-        details=tuple(
-            ScorerGrade(
-                part.scorer, part.grade, part.reply, paid.get(_key_of(row, part)), part.turn
-            )
-            for part in row.parts
-        ),
-        gates=row.gates,
-        earlier=row.earlier,
-        settings=row.settings,
-    )
+    An answer that was given again reused the judge's reply: what it took is beside the first one.
+    """
+    paid = {
+        (one.task_id, part.scorer, part.turn, part.reply): part.usage
+        for one in results
+        for part in one.details
+        if part.usage is not None
+    }
+    return [
+        replace(
+            one,
+            details=tuple(
+                replace(part, usage=paid.get((one.task_id, part.scorer, part.turn, part.reply)))
+                for part in one.details
+            ),
+        )
+        for one in results
+    ]
 
 
 def _served_digest(folder: Path, live: LiveSettings) -> str:
