@@ -171,20 +171,33 @@ def gate_counts(
     return total, dict(sorted(closed.items()))
 
 
-def all_grades(
-    connection: sql.Connection, study_id: int
-) -> list[tuple[str, int, dict[str, float | None]]]:
-    """(candidate, attempt, task -> grade) of everything that a study asked, in that order."""
+@dataclass(frozen=True)
+class UnitGrades:
+    """The grades of a unit that count, by task."""
+
+    candidate: str
+    attempt: int
+    grades: dict[str, float | None]
+
+
+def grades_by_event(connection: sql.Connection, study_id: int) -> dict[int, UnitGrades]:
+    """Event -> the grades of the unit that it ended, of everything that a study asked."""
     query = (
-        sql.select(answers.c.candidate, answers.c.attempt, answers.c.task, grades.c.grade)
+        sql.select(
+            answers.c.event_id,
+            answers.c.candidate,
+            answers.c.attempt,
+            answers.c.task,
+            grades.c.grade,
+        )
         .join(grades, grades.c.answer_id == answers.c.id)
         .where(answers.c.study_id == study_id, grades.c.total)
         .order_by(answers.c.id)
     )
-    found: dict[tuple[str, int], dict[str, float | None]] = {}
-    for candidate, attempt, task, grade in connection.execute(query):
-        found.setdefault((candidate, attempt), {})[task] = grade
-    return [(candidate, attempt, tasks) for (candidate, attempt), tasks in found.items()]
+    found: dict[int, UnitGrades] = {}
+    for event_id, candidate, attempt, task, grade in connection.execute(query):
+        found.setdefault(event_id, UnitGrades(candidate, attempt, {})).grades[task] = grade
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import sqlalchemy as sql
@@ -17,10 +17,10 @@ from evomerge.database import Database, stops_the_run
 from evomerge.evaluate.ledger import (
     Answered,
     UnitKey,
-    all_grades,
     answered_by,
     gate_counts,
     grades_by_candidate,
+    grades_by_event,
     record,
 )
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
@@ -70,7 +70,8 @@ class EventLog:
                 sql.select(studies.c.id).where(studies.c.name == name)
             )
             if self._study_id is not None:
-                self._replay(connection, self._study_id)
+                for _ in _replayed(connection, self._study_id, self.history):
+                    pass
 
     @property
     def exists(self) -> bool:
@@ -87,6 +88,19 @@ class EventLog:
         for event in new:
             # Through JSON, so that a run goes on from exactly what a resumed one reads.
             _note(self.history, event, json.loads(_to_json(event.payload)))
+
+    def as_told(self) -> Iterator[tuple[int, History]]:
+        """(block, history) of each block that was told: what was known then, and not since.
+
+        It is one history, which grows from block to block.
+        """
+        if self._study_id is None:
+            return
+        history = History()
+        with self._database.connect() as connection:
+            for kind, payload in _replayed(connection, self._study_id, history):
+                if kind == "told":
+                    yield payload["block"], history
 
     def grades(self, candidates: Sequence[str]) -> Mapping[str, dict[str, float | None]]:
         """candidate -> task -> grade, of these candidates, as far as the search may know them.
@@ -148,17 +162,6 @@ class EventLog:
         """Lets go of the database."""
         self._database.dispose()
 
-    def _replay(self, connection: sql.Connection, study_id: int) -> None:
-        query = (
-            sql.select(events.c.kind, events.c.payload)
-            .where(events.c.study_id == study_id)
-            .order_by(events.c.id)
-        )
-        for candidate, attempt, grades in all_grades(connection, study_id):
-            self.history.note_grades(candidate, attempt, grades)
-        for kind, payload in connection.execute(query):
-            self.history.apply(kind, json.loads(payload))
-
     def _make_study(self, connection: sql.Connection) -> int:
         inserted = connection.execute(sql.insert(studies).values(name=self.name))
         return _key(inserted)
@@ -194,6 +197,25 @@ def begun_with(log: EventLog) -> Payload:
     """What the study of a log that exists began with."""
     assert log.history.begun is not None, f"study {log.name} has not begun"
     return log.history.begun
+
+
+def _replayed(
+    connection: sql.Connection, study_id: int, history: History
+) -> Iterator[tuple[str, Payload]]:
+    """(kind, payload) of a study's events in their order, each once `history` knows of it."""
+    graded = grades_by_event(connection, study_id)
+    query = (
+        sql.select(events.c.id, events.c.kind, events.c.payload)
+        .where(events.c.study_id == study_id)
+        .order_by(events.c.id)
+    )
+    for event_id, kind, text in connection.execute(query):
+        unit = graded.get(event_id)
+        if unit is not None:
+            history.note_grades(unit.candidate, unit.attempt, unit.grades)
+        payload = json.loads(text)
+        history.apply(kind, payload)
+        yield kind, payload
 
 
 def _note(history: History, event: Event, payload: Payload) -> None:

@@ -83,33 +83,34 @@ class Mirror:
         finally:
             self._thread.shutdown(wait=True)
 
-    def catch_up(self, told: Sequence[MirroredTrial]) -> None:
-        """Makes the journal hold exactly `told`, all that was told before."""
-        self._thread.submit(self._guarded, self._catch_up, list(told))
+    def catch_up(self, number: int, told: Callable[[], Sequence[MirroredTrial]]) -> None:
+        """Makes the journal hold exactly what was told before: `number` trials.
+
+        `told` gives them, in the mirror's thread, where the journal does not hold them all.
+        """
+        self._thread.submit(self._guarded, lambda: self._catch_up(number, told))
 
     def add(self, trials: Sequence[MirroredTrial]) -> None:
         """Adds a generation that was told just now."""
-        self._thread.submit(self._guarded, self._write, list(trials))
+        self._thread.submit(self._guarded, lambda: self._write(trials))
 
-    def _guarded(
-        self, write: Callable[[list[MirroredTrial]], None], trials: list[MirroredTrial]
-    ) -> None:
+    def _guarded(self, write: Callable[[], None]) -> None:
         if self._given_up:
             return
         try:
-            write(trials)
+            write()
         # Whatever goes wrong in here is no reason to stop a search that may have cost days.
         except Exception as error:
             self._given_up = True
             self._say(f"{self._path}: the mirror for Optuna is given up: {error}")
 
-    def _catch_up(self, told: list[MirroredTrial]) -> None:
-        if self._is_whole() and self._holds() == len(told):
+    def _catch_up(self, number: int, told: Callable[[], Sequence[MirroredTrial]]) -> None:
+        if self._is_whole() and self._holds() == number:
             return
         fresh = self._path.with_name(self._path.name + ".partial")
         fresh.unlink(missing_ok=True)
         self._study = _open_study(fresh, self._name)
-        self._write(told)
+        self._write(told())
         fresh.replace(self._path)
         self._study = _open_study(self._path, self._name)
 
@@ -132,7 +133,7 @@ class Mirror:
             return file.read() == b"\n"
         return False
 
-    def _write(self, trials: list[MirroredTrial]) -> None:
+    def _write(self, trials: Sequence[MirroredTrial]) -> None:
         assert self._study is not None
         grades = self._read_grades([trial.label for trial in trials])
         for trial in trials:

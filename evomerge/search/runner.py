@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import NoReturn
 
 from evomerge.errors import CandidateError, EvomergeError, RunError
@@ -106,7 +107,9 @@ class Runner:
     def _run(self) -> dict[str, float]:
         self._look_for_the_best()
         with self._mirror().running() as mirror:
-            mirror.catch_up(self._mirrored(told_numbers(self._history)))
+            told = len(self._history.told)
+            numbers = told_numbers(self._history)
+            mirror.catch_up(len(numbers), lambda: self._mirrored_as_told(told))
             while True:
                 with self._watch.measure("ask"):
                     step = self._course.next()
@@ -126,7 +129,7 @@ class Runner:
             if event.kind == "futile":
                 self._report(Said(f"{event.payload['candidate']} {event.payload['reason']}"))
             if event.kind == "told":
-                mirror.add(self._mirrored([number for number, _ in event.payload["values"]]))
+                mirror.add(self._mirrored(self._history, event.payload["block"]))
                 self._look_for_the_best()
 
     def _measure_all(self, step: Measure) -> None:
@@ -336,11 +339,20 @@ class Runner:
             found[label] = {task: row[task] for task in tasks if task in row}
         return found
 
-    def _mirrored(self, numbers: Sequence[int]) -> list[MirroredTrial]:
-        history, space = self._history, self._study.space
+    def _mirrored_as_told(self, blocks: int) -> list[MirroredTrial]:
+        """The trials of the first `blocks`, as the mirror would have been handed them then."""
+        return [
+            trial
+            for block, history in islice(self._log.as_told(), blocks)
+            for trial in self._mirrored(history, block)
+        ]
+
+    def _mirrored(self, history: History, block: int) -> list[MirroredTrial]:
+        """The trials of a block that was told, by what `history` knows."""
+        space = self._study.space
         scores = adjusted_trials(history, [task.id for task in self._study.search_tasks])
         found = []
-        for number in numbers:
+        for number, _ in history.told[block]:
             genome, label = history.genomes[number], trial_label(number)
             stop = history.futile.get(label)
             trial = MirroredTrial(

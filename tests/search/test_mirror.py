@@ -32,10 +32,10 @@ def journal(tmp_path: Path) -> Path:
 def search(study: Callable[..., StudyConfig], tmp_path: Path) -> Callable[..., list[Story]]:
     """Runs the study to `trials`; what it told."""
 
-    def run(trials: int, limit: float = 9.0) -> list[Story]:
+    def run(trials: int, limit: float = 9.0, **changes: Any) -> list[Story]:
         stories: list[Story] = []
         run_search(
-            study(),
+            study(**changes),
             storage=tmp_path / "storage",
             open_evaluator=opener(fails=broken_above(limit)),
             trials=trials,
@@ -110,6 +110,19 @@ def test_a_mirror_that_is_not_whole_is_written_anew(
     assert content(journal)[:18] == repaired
 
 
+def test_what_a_mirror_says_does_not_depend_on_when_it_is_written(
+    search: Callable[..., list[Story]], journal: Path
+) -> None:
+    """Scores on parts of the tasks are adjusted by what was known when they were told."""
+    parts = {"tasks": 30, "tasks_per_candidate": 9, "sweep": True, "selection": {"attempts": 1}}
+    search(18, **parts)
+    at_once = content(journal)
+    journal.unlink()
+    search(24, **parts)
+    assert content(journal)[:18] == at_once
+    assert len({len(attributes["grades"]) for _, _, attributes, _ in at_once}) == 1
+
+
 def test_a_mirror_that_cannot_be_written_does_not_stop_the_search(
     search: Callable[..., list[Story]], journal: Path
 ) -> None:
@@ -133,7 +146,7 @@ def test_failed_and_stopped_candidates_are_in_states_of_their_own(journal: Path)
     said: list[str] = []
     grades = {trial.label: {"0": 0.5, "1": None} for trial in trials}
     with Mirror(journal, "formula", space, lambda labels: grades, said.append).running() as mirror:
-        mirror.catch_up(trials[:20])
+        mirror.catch_up(20, lambda: trials[:20])
         mirror.add(trials[20:])
     study = read(journal)
     assert said == []
