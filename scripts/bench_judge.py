@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_judge.py [RECORDED.jsonl]
 
-A local HTTP server stands for the judge: every reply takes it one second. RECORDED holds one
+A local HTTP server, in a process of its own, stands for the judge: every reply takes it one second. RECORDED holds one
 {"judge_output", "score"} per line. Exit status 1 where a bar is missed that can be reached. That
 100 answers alone take no more than 1.2 × 100/32 s cannot be: 32 at once make four rounds.
 They are held to 1.2 × these; candidates after each other, as in a search, to the bar as it is.
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 import tempfile
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 2 * AT_ONCE
 
 
+def serve(address: Connection) -> None:
+    """Answers until the process is ended; tells its port first."""
+    server = Server(("127.0.0.1", 0), SlowJudge)
+    address.send(server.server_address[1])
+    server.serve_forever()
+
+
 def requests(count: int, candidate: int = 0) -> list[GradeRequest]:
     """Answers of the size that elyza-tasks-100's have."""
     return [
@@ -100,9 +108,10 @@ def graded_in(url: str, storage: Path, *units: list[GradeRequest]) -> float:
 
 def main() -> int:
     """Prints a line per bar; 1 where one is missed."""
-    server = Server(("127.0.0.1", 0), SlowJudge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    port, told = multiprocessing.Pipe(duplex=False)
+    server = multiprocessing.Process(target=serve, args=(told,), daemon=True)
+    server.start()
+    url = f"http://127.0.0.1:{port.recv()}/v1"
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
         seconds = graded_in(url, storage, requests(ANSWERS))
@@ -123,7 +132,7 @@ def main() -> int:
         # All different, so that each is a look-up of its own.
         hits = ANSWERS / graded_in(url, storage, requests(ANSWERS))
         print(f"cache hits: {hits:.0f} a second")
-    server.shutdown()
+    server.terminate()
     right = parsed(Path(sys.argv[1])) if len(sys.argv) > 1 else True
     return 0 if max(seconds / rounds, stream / flow) <= 1.2 and hits > 2000 and right else 1
 
