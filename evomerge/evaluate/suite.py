@@ -177,6 +177,7 @@ def load_suite(
     *,
     trust_code: bool = False,
     typed: bool = False,
+    key: str = "suite",
     split: str | None = None,
     find_model: FindModel | None = None,
 ) -> Suite:
@@ -185,9 +186,9 @@ def load_suite(
     Paths are relative to `folder`, that of the study; `data` in a suite file to that file. The
     table `data` takes the place of the suite's own. `trust_code` allows a suite file scorers that
     are code of somebody's own (of a configuration that was asked when it was read). `typed`: the
-    user named the suite file, no other file did. `split` is taken of a suite file in place of its
-    own. `find_model` gives the folder of a router's embedding that is none in `folder` (one of the
-    hub).
+    user named the suite file, no other file did; `key` is what a study names it by. `split` is
+    taken of a suite file in place of its own. `find_model` gives the folder of a router's embedding
+    that is none in `folder` (one of the hub).
     Raises ConfigError naming file and line on whatever is wrong.
     """
     where = "suite"
@@ -205,7 +206,7 @@ def load_suite(
         if name not in (*SCORERS, *LIKELIHOOD_SCORERS, JUDGE)
     }
     empty = Suite(suite, (), where, own_scorers=own)
-    tables = find_tables(suite, folder, data, where)
+    tables = find_tables(suite, folder, data, where, key)
     scorers: dict[str, Scorer | LikelihoodScorer] = {**empty.scorers, **empty.likelihood_scorers}
     tasks = read_tasks(suite, tables, scorers)
     if suite.router is not None:

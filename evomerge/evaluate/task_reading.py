@@ -19,11 +19,13 @@ _ID_COLUMNS = ("id", "task_id", "question_id")
 _NAMED_AT_MOST = 5
 
 
-def find_tables(config: SuiteConfig, folder: Path, data: Path | None, where: str) -> list[Path]:
+def find_tables(
+    config: SuiteConfig, folder: Path, data: Path | None, where: str, key: str = "suite"
+) -> list[Path]:
     """The local files of the suite's tasks: `data` where that is given, else those of its `data:`.
 
     Relative names start at `folder`; what a hub has is fetched. Raises ConfigError that says where
-    to get what is not there, and how to name a local copy of it.
+    to get what is not there, and how to name a local copy of it: in a study by `key`.
     """
     if data is not None:
         return [data]
@@ -31,8 +33,10 @@ def find_tables(config: SuiteConfig, folder: Path, data: Path | None, where: str
     if isinstance(source, str):
         return [folder / Path(source).expanduser()]
     if source is None:
-        raise ConfigError(f"{where}: it has no tasks of its own; {_how_to_name('FILE', where)}")
-    return _brought(source, where)
+        raise ConfigError(
+            f"{where}: it has no tasks of its own; {_how_to_name('FILE', where, key)}"
+        )
+    return _brought(source, where, key)
 
 
 class Objector(Protocol):
@@ -66,12 +70,12 @@ def read_tasks(
     return tuple(tasks)
 
 
-def _brought(source: DataSource, where: str) -> list[Path]:
+def _brought(source: DataSource, where: str, key: str) -> list[Path]:
     name = source.file[0] if source.file else "FILE"
     if source.hub is None:
         raise ConfigError(
             f"{where}: its tasks do not ship; get {', '.join(source.file)} from {source.source}, "
-            f"then {_how_to_name(name, where)}"
+            f"then {_how_to_name(name, where, key)}"
         )
     try:
         if source.split is not None:
@@ -79,14 +83,17 @@ def _brought(source: DataSource, where: str) -> list[Path]:
         return [dataset_file(source.hub, source.revision, file) for file in source.file]
     except ConfigError as error:
         raise ConfigError(
-            f"{where}: {error}; with a copy of it, {_how_to_name(name, where)}"
+            f"{where}: {error}; with a copy of it, {_how_to_name(name, where, key)}"
         ) from error
 
 
-def _how_to_name(file: str, where: str) -> str:
+def _how_to_name(file: str, where: str, key: str) -> str:
     if where == "suite":  # it stands in the study itself
         return f"name it there by `data: {file}`"
-    return f"name it by `--data {file}`, or in a study by `suite: {{like: {where}, data: {file}}}`"
+    in_study = f"`{key}: {{like: {where}, data: {file}}}`"
+    if key != "suite":
+        return f"name it by {in_study}"
+    return f"name it by `--data {file}`, or in a study by {in_study}"
 
 
 def _kept(config: SuiteConfig, rows: Sequence[Row]) -> list[Row]:

@@ -220,6 +220,7 @@ def _held_out_suite(config: StudyConfig, inputs: InputModels) -> HeldOutSuite | 
                 wanted,
                 config.folder,
                 trust_code=config.trust_code,
+                key="holdout",
                 find_model=inputs.resolve,
             )
         except ConfigError as error:

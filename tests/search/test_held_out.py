@@ -136,6 +136,15 @@ def test_a_holdout_that_is_none_is_refused(study: Study, holdout: Any, complaint
         ("no-such-suite", "holdout: no-such-suite"),
         ({"scorer": "exact", "data": "absent.jsonl"}, "holdout: "),
         ({"scorer": "judge", "data": "second.jsonl"}, "judge: is missing"),
+        (
+            "jsonl-exact",
+            "holdout: jsonl-exact: it has no tasks of its own; name it by "
+            "`holdout: {like: jsonl-exact, data: FILE}`",
+        ),
+        (
+            "japanese-mt-bench",
+            ", then name it by `holdout: {like: japanese-mt-bench, data: question_full.jsonl}`",
+        ),
         # The very tasks of the search, put and graded otherwise.
         (
             {"scorer": "chrf", "data": "tasks.jsonl", "prompt": "So: {{ input }}"},
