@@ -82,6 +82,17 @@ def dataset_file(repository: str, revision: str | None, file: str) -> Path:
         raise _not_fetched(file, repository, revision, error) from error
 
 
+def name_in_dataset(copy: Path, path: Path) -> str | None:
+    """What the dataset that the local `copy` of a file is of calls `path`; None if it is no part.
+
+    By its name: in the hub's cache all files are links.
+    """
+    snapshots = (folder for folder in copy.parents if folder.parent.name == "snapshots")
+    root = next(folder for folder in snapshots if folder.parts[-3].startswith("datasets--"))
+    name = os.path.relpath(path, root)
+    return None if name.startswith("..") else Path(name).as_posix()
+
+
 def _not_fetched(what: str, repository: str, revision: str | None, error: Exception) -> ConfigError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.engine.base import Engine, GenerationSettings
 from evomerge.errors import ConfigError
+from evomerge.evaluate.hub import name_in_dataset
 from evomerge.evaluate.likelihood import LIKELIHOOD_SCORERS, LikelihoodScorer
 from evomerge.evaluate.named_files import NamedFile
 from evomerge.evaluate.own_scorers import code_digest, find_scorer
@@ -23,6 +24,7 @@ from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.scorers import SCORERS, Scorer
 from evomerge.evaluate.suite_config import (
     HARNESS,
+    DataSource,
     GenerationConfig,
     HarnessConfig,
     SuiteConfig,
@@ -218,11 +220,17 @@ def load_suite(
 
 
 def _files(suite: SuiteConfig, table: Path, data: Path | None) -> Iterator[NamedFile]:
-    """The files that the suite names; `data` in place of its own table is the user's word."""
+    """The files that the suite names; `data` in place of its own table is the user's word.
+
+    What a dataset of the hub has is none of them.
+    """
     joined = [
         replace(one, path=table.parent / one.path) for one in suite.files if one.key == JOINED
     ]
-    yield from [one for one in joined if one.path.is_file()][:1]
+    of_hub = data is None and isinstance(suite.data, DataSource)
+    for one in [one for one in joined if one.path.is_file()][:1]:
+        if not of_hub or name_in_dataset(table, one.path) is None:
+            yield one
     for one in suite.files:
         if one.key != JOINED and (one.key != "data" or data is None):
             yield one

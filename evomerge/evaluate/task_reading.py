@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.evaluate.hub import dataset_file, dataset_split
+from evomerge.evaluate.hub import dataset_file, dataset_split, name_in_dataset
 from evomerge.evaluate.prompts import render_template
 from evomerge.evaluate.suite_config import DataSource, JoinConfig, SuiteConfig
 from evomerge.evaluate.tables import Row, cell, read_rows, text_in
@@ -36,7 +36,10 @@ def find_tables(
         raise ConfigError(
             f"{where}: it has no tasks of its own; {_how_to_name('FILE', where, key)}"
         )
-    return _brought(source, where, key)
+    tables = _brought(source, where, key)
+    if config.join is not None and source.hub is not None:
+        _bring_joined(config.join, source, tables[0], where)
+    return tables
 
 
 class Objector(Protocol):
@@ -85,6 +88,23 @@ def _brought(source: DataSource, where: str, key: str) -> list[Path]:
         raise ConfigError(
             f"{where}: {error}; with a copy of it, {_how_to_name(name, where, key)}"
         ) from error
+
+
+def _bring_joined(join: JoinConfig, source: DataSource, table: Path, where: str) -> None:
+    """Fetches the second table, where the dataset of the hub that `table` is of has it."""
+    assert source.hub is not None
+    absent: list[ConfigError] = []
+    for place in _places(join, table):
+        name = name_in_dataset(table, place)
+        if not place.is_file() and name is not None:
+            try:
+                dataset_file(source.hub, source.revision, name)
+            except ConfigError as error:
+                absent.append(error)
+        if place.is_file():
+            return
+    if absent:
+        raise ConfigError(f"{where}: join: {absent[0]}") from absent[0]
 
 
 def _how_to_name(file: str, where: str, key: str) -> str:
@@ -141,7 +161,7 @@ def _written(value: object) -> str:
 
 def _joined(join: JoinConfig, rows: Sequence[Row], beside: Path) -> list[Row]:
     """Each row with the columns of the other table's row of the same `key`."""
-    places = [beside.parent / Path(name).expanduser() for name in join.file]
+    places = _places(join, beside)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ConfigError(
@@ -160,6 +180,10 @@ def _joined(join: JoinConfig, rows: Sequence[Row], beside: Path) -> list[Row]:
             )
         others[value] = row
     return [_with_other(join, row, others, path) for row in rows]
+
+
+def _places(join: JoinConfig, beside: Path) -> list[Path]:
+    return [beside.parent / Path(name).expanduser() for name in join.file]
 
 
 def _with_other(join: JoinConfig, row: Row, others: Mapping[str, Row], path: Path) -> Row:

@@ -80,10 +80,10 @@ def hub(files: Mapping[str, bytes]) -> Iterator[str]:
         thread.join()
 
 
-def read(folder: Path, endpoint: str, *files: str) -> list[str]:
+def read(folder: Path, endpoint: str, *files: str, script: str = READ) -> list[str]:
     """What a process of its own says: the hub's address is read when its client is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder)}
-    command = [sys.executable, "-c", READ, *files]
+    command = [sys.executable, "-c", script, *files]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return ran.stdout.splitlines()
 
@@ -104,6 +104,50 @@ def test_the_files_of_a_dataset_are_fetched_and_read_again_without_the_hub(tmp_p
         assert "me/tasks at 1.0.0: there is no split 'tset'; did you mean 'test'?" in tset
         assert absent.startswith("suite: absent.csv of https://huggingface.co/datasets/me/tasks")
     assert read(tmp_path, endpoint, "test.csv", "split=all") == ["first", "second first"]
+
+
+JOIN = """
+import sys
+from pathlib import Path
+from evomerge.errors import ConfigError
+from evomerge.evaluate.graders import check_graders
+from evomerge.evaluate.judge_config import judge_from_mapping
+from evomerge.evaluate.suite import SuiteConfig, load_suite
+far = {"model": "m", "base_url": "https://far.example/v1", "api_key_env": "JUDGE_KEY"}
+for name in sys.argv[2:]:
+    suite = {
+        "scorer": "judge",
+        "data": {"hub": "me/tasks", "revision": "1.0.0", "file": "data/asked.jsonl"},
+        "join": {"file": name.split("+"), "key": "id"},
+    }
+    try:
+        folder = Path(sys.argv[1])
+        suite = load_suite(SuiteConfig.model_validate(suite, context={"folder": folder}), folder)
+        check_graders(suite, judge_from_mapping(far, "study.yaml"))
+        print(*(task.reference for task in suite.tasks))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_second_table_of_the_same_dataset_is_fetched_and_graded_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "mine.jsonl").write_text('{"id": "1", "output": "mine"}\n')
+    files = {
+        "data/asked.jsonl": b'{"id": "1", "input": "a"}\n',
+        "data/right.jsonl": b'{"id": "1", "output": "beside"}\n',
+        "right.jsonl": b'{"id": "1", "output": "above"}\n',
+    }
+    names = ("right.jsonl", "../right.jsonl", "absent.jsonl+right.jsonl", "absent.jsonl")
+    arguments = (str(tmp_path / "study"), *names, str(tmp_path / "mine.jsonl"))
+    with hub(files) as endpoint:
+        first = read(tmp_path / "hub", endpoint, *arguments, script=JOIN)
+    assert first[:3] == ["beside", "above", "beside"]
+    assert first[3].startswith("suite: join: data/absent.jsonl of https://huggingface.co/datasets/")
+    # What is no part of it is a file of the study's, wherever the table is.
+    assert first[4].startswith(f"join.file: {tmp_path}/mine.jsonl lies outside of {tmp_path}/study")
+    again = read(tmp_path / "hub", endpoint, *arguments, script=JOIN)
+    assert again[:3] == first[:3]
 
 
 PARTS = ["data/train-00000-of-00001.parquet", "data/test-00000-of-00002.parquet"]
