@@ -2,10 +2,11 @@
 
     .venv/bin/python scripts/bench_judge.py [RECORDED.jsonl]
 
-A local HTTP server, in a process of its own, stands for the judge: every reply takes it one second. RECORDED holds one
-{"judge_output", "score"} per line. Exit status 1 where a bar is missed that can be reached. That
-100 answers alone take no more than 1.2 × 100/32 s cannot be: 32 at once make four rounds.
-They are held to 1.2 × these; candidates after each other, as in a search, to the bar as it is.
+A local HTTP server, in a process of its own, stands for the judge: every reply takes it one second.
+RECORDED holds one {"judge_output", "score"} per line. Exit status 1 where a bar is missed that can
+be reached. That 100 answers alone take no more than 1.2 × 100/32 s cannot be: 32 at once make four
+rounds. They are held to 1.2 × these; candidates after each other, as in a search, to the bar as it
+is.
 """
 
 from __future__ import annotations
