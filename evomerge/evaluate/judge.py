@@ -21,17 +21,18 @@ from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, key_of
 from evomerge.evaluate.judge_reply import read_verdict
 from evomerge.evaluate.local_judge import Served, Sleeper, served
 from evomerge.evaluate.loop_thread import LoopThread
-from evomerge.evaluate.replies import Asked, Given, Known, Replies
+from evomerge.evaluate.replies import Asked, Given, Replies
 from evomerge.evaluate.rubric import Rubric
 from evomerge.evaluate.task import GradeRequest, ScorerGrade, UngradedError, Usage
 
 __all__ = ["Judge", "Rubric", "Seat", "open_judge"]
 
-# How often one answer is asked about before it is left without a grade.
+# How often one run asks about an answer before it is left without a grade.
 _TRIES = 3
 _UNSCORED_SHARE = 0.02
 # What calls in flight get to arrive, and be kept, when the run ends before them.
 _GRACE_SECONDS = 3.0
+_ENDED = "the run is at its end"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +119,10 @@ _Queue: TypeAlias = "asyncio.Queue[_Answer | None]"
 class Judge:
     """Grades answers by a panel of language models (`evaluate.task.Grader`).
 
-    Every reply is in the database as soon as it is there, and is never asked for again. Of an
-    answer graded several times the grade is the mean over the judges of their means; without a
-    grade of one of them it has none.
+    Every reply is in the database as soon as it is there, and none with a grade is ever asked for
+    again; where all had none, another `Judge` (the next run's) asks anew. Of an answer graded
+    several times the grade is the mean over the judges of their means; without a grade of one of
+    them it has none.
     """
 
     name = "judge"
@@ -136,6 +138,8 @@ class Judge:
         self.needs_gpu = bool(self._sleepers)
         self._clients: dict[Seat, JudgeClient] = {}
         self._calls: dict[str, asyncio.Task[_Opinion]] = {}
+        # What was asked about here as often as it may be, and has no grade.
+        self._given_up: dict[str, _Opinion] = {}
         self._thread = LoopThread()
         # SQLite has one writer at a time: waiting for it must not hold up the network.
         self._writer = ThreadPoolExecutor(max_workers=1)
@@ -192,13 +196,18 @@ class Judge:
 
     def _all_known(self, answers: Sequence[_Answer]) -> bool:
         keys = {each.asked.key for one in answers for each in one.questions}
-        known = self._replies.look_up(list(keys))
-        return all(key in known and known[key].grade is not None for key in keys)
+        return self._replies.look_up(list(keys)).keys() | self._given_up.keys() >= keys
+
+    def stop(self) -> None:
+        """See `evaluate.task.Grader`: calls in flight get some seconds to arrive."""
+        if self._thread.has_begun:
+            self._thread.submit(self._wind_up()).result()
 
     def close(self) -> None:
         """Lets calls in flight arrive for some seconds, then ends all."""
+        self.stop()
         if self._thread.has_begun:
-            self._thread.submit(self._wind_up()).result()
+            self._thread.submit(self._disconnect()).result()
         self._thread.close()
         self._writer.shutdown()
         self._replies.close()
@@ -276,14 +285,15 @@ class Judge:
         }
         known = self._replies.look_up([key for key in by_key if key not in self._calls])
         for key, question in by_key.items():
-            found = known.get(key, Known())
-            if found.grade is not None:
-                begun.known[key] = _Opinion(found.grade, found.reply)
+            if key in known:
+                begun.known[key] = _Opinion(known[key].grade, known[key].reply)
+            elif key in self._given_up:
+                begun.known[key] = self._given_up[key].for_free()
             elif key in self._calls:  # begun, and paid for, by somebody else
                 begun.others.add(key)
                 begun.calls[key] = self._calls[key]
             else:
-                begun.calls[key] = self._begin_call(question, found)
+                begun.calls[key] = self._begin_call(question)
 
     async def _opinions(self, begun: _Begun) -> dict[str, _Opinion]:
         """key -> opinion: those that are known, then those that are asked for."""
@@ -291,8 +301,10 @@ class Judge:
         if calls:
             # All of them, whatever becomes of some: what is paid for is to be kept.
             await asyncio.wait(calls.values())
-            for error in [call.exception() for call in calls.values()]:
-                if error is not None:
+            for call in calls.values():
+                if call.cancelled():
+                    raise RunError(_ENDED)
+                if (error := call.exception()) is not None:
                     raise error
         given = {key: call.result() for key, call in calls.items()}
         return begun.known | {
@@ -300,9 +312,9 @@ class Judge:
             for key, opinion in given.items()
         }
 
-    def _begin_call(self, question: _Question, known: Known) -> asyncio.Task[_Opinion]:
+    def _begin_call(self, question: _Question) -> asyncio.Task[_Opinion]:
         key = question.asked.key
-        call = asyncio.create_task(self._ask(question, known))
+        call = asyncio.create_task(self._ask(question))
         self._calls[key] = call
 
         def done(_: asyncio.Task[_Opinion]) -> None:
@@ -313,11 +325,11 @@ class Judge:
         call.add_done_callback(done)
         return call
 
-    async def _ask(self, question: _Question, known: Known) -> _Opinion:
-        """Asks until a reply has a grade; those without one that are `known` count, too."""
+    async def _ask(self, question: _Question) -> _Opinion:
+        """Asks until a reply has a grade, as often as that may take."""
         rubric, client = self._rubric, self._client(question.seat)
-        usage, text = Usage(0, 0), known.reply
-        for number in range(known.failures, _TRIES):
+        usage, text = Usage(0, 0), ""
+        for number in range(_TRIES):
             prompt = question.asked.prompt
             if number:
                 # At temperature 0 the same words would get the same reply.
@@ -336,7 +348,8 @@ class Judge:
             usage, text = _sum(usage, reply), reply.text
             if given.grade is not None:
                 return _Opinion(given.grade, text, usage)
-        return _Opinion(None, text, usage)
+        self._given_up[question.asked.key] = opinion = _Opinion(None, text, usage)
+        return opinion
 
     def _given(self, reply: Reply) -> Given:
         # What was cut may have ended in a number that is no grade.
@@ -400,9 +413,13 @@ class Judge:
 
     async def _wind_up(self) -> None:
         for client in self._clients.values():
-            client.stop("the run is at its end")
+            client.stop(_ENDED)
         if self._calls:
-            await asyncio.wait(self._calls.values(), timeout=_GRACE_SECONDS)
+            _, late = await asyncio.wait(self._calls.values(), timeout=_GRACE_SECONDS)
+            for call in late:
+                call.cancel()
+
+    async def _disconnect(self) -> None:
         for client in self._clients.values():
             await client.close()
 

@@ -50,16 +50,12 @@ class Given:
     cost: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Known:
-    """What is kept under a key: the grade with its reply, and how many replies had none.
+    """The grade that is kept under a key, with its reply."""
 
-    Without a grade the reply is the last one.
-    """
-
-    grade: float | None = None
-    reply: str = ""
-    failures: int = 0
+    grade: float
+    reply: str
 
 
 @dataclass(frozen=True)
@@ -122,16 +118,13 @@ class Replies:
         return self._opened
 
     def look_up(self, keys: Sequence[str]) -> dict[str, Known]:
-        """What is known of each key; nothing of those that are not in it."""
+        """What is known of each key; nothing of those whose replies had no grade."""
         found: dict[str, Known] = {}
         with stops_the_run("the judge's replies"), self._database.connect() as connection:
             for start in range(0, len(keys), _KEYS_AT_ONCE):
                 some = keys[start : start + _KEYS_AT_ONCE]
                 for key, grade, reply in connection.execute(_OF_KEYS, {"keys": some}):
-                    known = found.setdefault(key, Known())
-                    known.failures += grade is None
-                    if known.grade is None:
-                        known.grade, known.reply = grade, reply
+                    found.setdefault(key, Known(grade, reply))
         return found
 
     def add(self, asked: Asked, given: Given) -> None:
@@ -180,6 +173,6 @@ class Replies:
 
 _OF_KEYS = (
     sql.select(replies.c.key, replies.c.grade, replies.c.reply)
-    .where(replies.c.key.in_(sql.bindparam("keys", expanding=True)))
+    .where(replies.c.key.in_(sql.bindparam("keys", expanding=True)), replies.c.grade.is_not(None))
     .order_by(replies.c.id)
 )

@@ -160,3 +160,6 @@ class Grader(Protocol):
         At the block's end it has all; where the block raises it is given up, and what was begun is
         kept for whoever asks next.
         """
+
+    def stop(self) -> None:
+        """Nothing is graded from here on: futures that are not done raise RunError soon."""

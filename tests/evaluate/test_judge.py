@@ -198,10 +198,50 @@ def test_one_answer_or_two_percent_may_stay_without_a_grade(
     with pytest.raises(CandidateError, match=r"2 of 8 answers could not be graded, 1 at most"):
         judge.grade_all(requests(8)).result(60)
     assert grades(judge, requests(100)).count(None) == 2
-    # What had no grade three times is not paid for a fourth time.
+    # What had no grade three times is not paid for a fourth time in the same run.
     asked = len(server.prompts)
     assert grades(judge, requests(7))[0] is None
     assert len(server.prompts) == asked
+
+
+def test_what_one_run_got_no_grade_for_another_run_asks_about_anew(
+    opened: Open, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    server.reply = lambda prompt: (
+        "Hm." if "question 0 " in prompt else faults.grade_in_prompt(prompt)
+    )
+    assert grades(opened(), requests(2)) == [None, 2]
+    assert grades(opened(), requests(2)) == [None, 2]
+    server.reply = faults.grade_in_prompt  # somebody has mended it
+    assert grades(opened(), requests(2)) == [1, 2]
+    # In its first words, as if it had not been asked before.
+    assert server.prompts[-1] == "Grade question 0 by taste: answer 0 deserves 1"
+    assert grades(opened(), requests(2)) == [1, 2]
+    assert len(server.prompts) == 1 + 3 + 3 + 1
+    assert [row["grade"] for row in kept(tmp_path)].count(None) == 6, "what they were stays"
+
+
+def test_a_judge_that_is_stopped_keeps_what_arrives_soon_and_fails_the_rest(
+    opened: Open, server: ScriptedJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.evaluate.judge._GRACE_SECONDS", 0.5)
+    server.latency = 0.2
+    judge = opened(concurrency=2)
+    future = judge.grade_all(requests(6))
+    while server.at_once < 2:
+        time.sleep(0.01)
+    judge.stop()
+    with pytest.raises(RunError, match="the run is at its end"):
+        future.result(1)
+    assert len(server.prompts) == len(kept(tmp_path)) == 2
+    server.latency = 3.0  # longer than anybody waits
+    other = opened()
+    future = other.grade_all(requests(6))
+    while not server.at_once:
+        time.sleep(0.01)
+    other.stop()
+    with pytest.raises(RunError, match="the run is at its end"):
+        future.result(1)
 
 
 def test_an_answer_that_the_judge_does_not_take_stays_without_a_grade(
