@@ -19,7 +19,7 @@ from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.task import TaskResult
 from evomerge.search.side_by_side import own_interval
 from tests import tiny
-from tests.evaluate.judge_server import ScriptedJudge, scripted
+from tests.evaluate.judge_server import Fault, ScriptedJudge, scripted
 from tests.test_cli import Ran, run
 
 CATEGORIES = ("数学", "math", "code")
@@ -230,6 +230,80 @@ def test_answers_without_a_grade_are_counted_and_left_out(here: Path) -> None:
     row = found["models"][0]
     assert (row["score"], row["tasks"], row["unscored"]) == (7.0, 9, 1)
     assert "1 unscored" in ran.err
+
+
+def test_an_answer_without_a_grade_is_graded_alone_when_the_same_is_evaluated_again(
+    here: Path,
+) -> None:
+    def not_all(prompt: str) -> str:
+        return "Hm." if INPUTS[4] in prompt else json.dumps({"reason": "", "grade": 7})
+
+    with scripted(ScriptedJudge(reply=not_all)) as judge:
+        arguments = ("a", *judged(here), "--judge-url", judge.url)
+        first, _ = evaluated(*arguments)
+        assert len(judge.prompts) == 8 + 3
+        judge.reply = lambda prompt: "GRADE: 3"
+        second, ran = evaluated(*arguments)
+        assert "a: its 9 answers are in the ledger, not all graded" in ran.err
+        assert "starting" not in ran.err
+        assert len(judge.prompts) == 8 + 3 + 1
+        row = second["models"][0]
+        assert (row["score"], row["unscored"]) == ((8 * 7 + 3) / 9, 0)
+        assert row["seconds"] == first["models"][0]["seconds"]
+        assert (row["judging"]["reused"], row["judging"]["prompt_tokens"]) == (8, 100)
+        third, ran = evaluated(*arguments)
+        assert "in the ledger already" in ran.err
+        assert third["models"][0]["judging"]["prompt_tokens"] == 900
+    rows = ledger(here / "evol_merge_storage")
+    assert sorted(row.grade or 0 for row in rows) == [3] + 8 * [7]
+
+
+@pytest.mark.parametrize("ended_by", ["judge", "too many without a grade", "Ctrl-C"])
+def test_answers_that_were_not_graded_are_kept_and_only_graded_next_time(
+    here: Path, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    monkeypatch.setattr("evomerge.evaluate.judge._GRACE_SECONDS", 0.1)
+    with scripted(ScriptedJudge(reply=by_length)) as judge:
+        arguments = ("a", "other", *judged(here), "--judge-url", judge.url)
+        expected, _ = evaluated(*arguments, "--storage", "unbroken")
+        judge.prompts.clear()
+        begin, begun = Evaluation.begin, []
+
+        def begin_or_end(evaluation: Evaluation, *given: Any) -> Any:
+            begun.append(given)
+            if ended_by == "Ctrl-C" and len(begun) == 2:
+                raise KeyboardInterrupt
+            return begin(evaluation, *given)
+
+        def fails(prompt: str) -> str:
+            if ended_by == "judge":
+                judge.faults = [Fault(401, {}, "{}")] * 1000
+            if ended_by == "Ctrl-C":
+                judge.latency = 1.0
+            return "Hm." if ended_by.startswith("too") else by_length(prompt)
+
+        monkeypatch.setattr(Evaluation, "begin", begin_or_end)
+        judge.reply = fails
+        ran = run("eval", *arguments, *OPTIONS)
+        assert ran.status == (130 if ended_by == "Ctrl-C" else 1), ran.err
+        kept = ledger(here / "evol_merge_storage")
+        answered = {row.candidate for row in kept}
+        assert "a" in answered
+        assert len(kept) == 9 * len(answered)
+        assert {row.grade for row in kept} == {None}
+
+        paid = {*judge.prompts} if not ended_by.startswith("too") else set()
+        judge.faults, judge.reply, judge.latency = [], by_length, 0.0
+        judge.prompts.clear()
+        monkeypatch.setattr(Evaluation, "begin", begin)
+        found, ran = evaluated(*arguments)
+        assert "a: its 9 answers are in the ledger, not all graded" in ran.err
+        assert ran.err.count("starting transformers") == 2 - len(answered)
+        assert not paid & {*judge.prompts}
+    for one, other in zip(found["models"], expected["models"], strict=True):
+        assert (one["score"], one["categories"]) == (other["score"], other["categories"])
+    rows = ledger(here / "evol_merge_storage")
+    assert (len(rows), all(row.grade is not None for row in rows)) == (18, True)
 
 
 @pytest.mark.parametrize(

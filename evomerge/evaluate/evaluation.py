@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -60,55 +60,30 @@ class _Waiting:
     grades: Future[list[ScorerGrade]]
 
 
-class Evaluation:
-    """The tasks of `suite`, asked in `engine`, graded by its scorers and by `graders`.
+class Grading:
+    """Answers to the tasks of `suite`, graded by its scorers and by `graders`.
 
     `graders` are those of the suite's scorers that work elsewhere (a judge), by the name that the
-    suite gives them. `generation_seconds` counts what the engine took for all answers so far.
-    Raises ConfigError where a grader is missing.
+    suite gives them; those that need the engine's GPU work in a `resting` block. Raises ConfigError
+    where a grader is missing.
     """
 
     def __init__(
-        self, engine: Engine, suite: Suite, graders: Mapping[str, Grader] | None = None
+        self,
+        suite: Suite,
+        graders: Mapping[str, Grader] | None = None,
+        resting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self._engine = engine
         self._suite = suite
-        self.generation_seconds = 0.0
+        self._resting = resting
         self._graders = {
             name: _grader(name, graders or {})
             for name in suite.weights
             if name not in suite.scorers and name not in suite.likelihood_scorers
         }
 
-    def begin(self, task_ids: Sequence[str], attempt: int = 0) -> Future[list[TaskResult]]:
-        """The results of these tasks, in their order; on return all answers are generated.
-
-        So the engine is free for the next candidate, while graders still work: the future is done
-        when they are. `attempt` 0 is answered as the suite says, each one above is another sample
-        (`Suite.generation`). Raises CandidateError where the model writes nothing that can be
-        read, EngineDiedError where the engine is gone. Where graders (in the future) or scorers
-        do not give what they should, AnsweredCandidateError or AnsweredRunError.
-        """
-        asked = [_Conversation(task) for task in self._suite.select(task_ids)]
-        waiting: list[_Waiting] = []
-        if self._suite.likelihood_scorers:
-            self._weigh(asked)
-        if not self._suite.generates:
-            return when_all_done([], lambda: self._results(asked, waiting, attempt))
-        for turn in range(_turns(asked)):
-            now = [one for one in asked if turn <= len(one.task.turns)]
-            try:
-                # At once: the first turn is graded while the second is generated.
-                waiting += self._answer_and_grade(now, turn, attempt)
-            except RunError as error:
-                if any(len(one.answers) <= len(one.task.turns) for one in asked):
-                    raise
-                raise AnsweredRunError(str(error), self._ungraded(asked, attempt)) from error
-        pending = [one.grades for one in waiting]
-        return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
-
     def grade(self, answers: Sequence[TaskResult], attempt: int = 0) -> Future[list[TaskResult]]:
-        """As `begin`, of tasks that are answered already and have no grades (`AnsweredError`)."""
+        """As `Evaluation.begin`, of tasks that are answered already (`AnsweredError`)."""
         tasks = self._suite.select([one.task_id for one in answers])
         asked = [
             _Conversation(
@@ -136,89 +111,14 @@ class Evaluation:
         pending = [one.grades for one in waiting]
         return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
 
-    def _weigh(self, asked: Sequence[_Conversation]) -> None:
-        """The grades of scorers that need no answer: one call for the likelihoods of all texts."""
-        suite, engine = self._suite, self._engine
-        prompts = [ask(engine, suite.chat, one.task) for one in asked]
-        texts = [continuations_of(suite, one.task) for one in asked]
-        started = time.perf_counter()
-        found = likelihoods(
-            engine,
-            prompts,
-            texts,
-            delimiter=suite.config.delimiter,
-            add_special_tokens=not uses_chat(engine, suite.chat),
-        )
-        taken = time.perf_counter() - started
-        self.generation_seconds += taken
-        for one, prompt, some in zip(asked, prompts, found, strict=True):
-            by_text = {each.text: each for each in some}
-            one.seconds += taken / len(asked)
-            for name, scorer in suite.likelihood_scorers.items():
-                wanted = [by_text[text] for text in scorer.continuations(one.task)]
-                grade, answer = scorer.judge(one.task, wanted)
-                one.details.append(ScorerGrade(name, grade))
-            if not suite.generates:
-                one.prompts.append(prompt)
-                one.answers.append(Completion(answer, (), "none", 0, engine.version))
-
-    def _answer_and_grade(
-        self, asked: Sequence[_Conversation], turn: int, attempt: int
-    ) -> list[_Waiting]:
-        """The next turn of each, and what each grader will make of it.
-
-        Graders get every answer as it is finished; those on the engine's GPU all of them after.
-        """
-        with ExitStack() as open_units:
-            units = {
-                name: open_units.enter_context(grader.unit())
-                for name, grader in self._graders.items()
-                if not grader.needs_gpu
-            }
-            self._answer(asked, attempt, list(units.values()))
-            self._score(asked)
-        return [
-            _Waiting(name, asked, turn, units[name].future)
-            if name in units
-            else self._grade_now(name, asked, turn, attempt)
-            for name in self._graders
-        ]
-
     def _grade_now(
         self, name: str, asked: Sequence[_Conversation], turn: int, attempt: int
     ) -> _Waiting:
         """The last answers of all, handed to a grader at once."""
         grader = self._graders[name]
         requests = [_request(one, attempt) for one in asked]
-        with self._engine.resting() if grader.needs_gpu else nullcontext():
+        with self._resting() if grader.needs_gpu else nullcontext():
             return _Waiting(name, asked, turn, grader.grade_all(requests))
-
-    def _answer(
-        self, asked: Sequence[_Conversation], attempt: int, units: Sequence[GradingUnit]
-    ) -> None:
-        """One generate call for the next turn of each; `units` get the answers as they come."""
-        suite, engine = self._suite, self._engine
-        prompts = [ask(engine, suite.chat, one.task, one.texts) for one in asked]
-        settings = [suite.generation(one.task, attempt) for one in asked]
-
-        def hand_on(place: int, completion: Completion) -> None:
-            request = _request(asked[place], attempt, completion.text)
-            for unit in units:
-                unit.add(place, request)
-
-        started = time.perf_counter()
-        completions = engine.generate(
-            prompts,
-            _one_if_alike(settings),
-            add_special_tokens=not uses_chat(engine, suite.chat),
-            each=hand_on if units else None,
-        )
-        taken = time.perf_counter() - started
-        self.generation_seconds += taken
-        for one, prompt, completion in zip(asked, prompts, completions, strict=True):
-            one.prompts.append(prompt)
-            one.answers.append(completion)
-            one.seconds += taken / len(asked)
 
     def _score(self, asked: Sequence[_Conversation]) -> None:
         for one in asked:
@@ -231,7 +131,7 @@ class Evaluation:
     def _results(
         self, asked: Sequence[_Conversation], waiting: Sequence[_Waiting], attempt: int
     ) -> list[TaskResult]:
-        """The results, once all graders are done. Raises what `begin` says."""
+        """The results, once all graders are done. Raises what `Evaluation.begin` says."""
         errors: list[CandidateError | RunError] = []
         for some in waiting:
             none = ScorerGrade(some.grader, None, turn=some.turn)
@@ -329,6 +229,122 @@ class Evaluation:
         }
         scorer = known[name]
         return (grade - scorer.low) / (scorer.high - scorer.low)
+
+
+class Evaluation(Grading):
+    """The tasks of `suite`, asked in `engine`, and graded.
+
+    `generation_seconds` counts what the engine took for all answers so far.
+    """
+
+    def __init__(
+        self, engine: Engine, suite: Suite, graders: Mapping[str, Grader] | None = None
+    ) -> None:
+        super().__init__(suite, graders, engine.resting)
+        self._engine = engine
+        self.generation_seconds = 0.0
+
+    def begin(self, task_ids: Sequence[str], attempt: int = 0) -> Future[list[TaskResult]]:
+        """The results of these tasks, in their order; on return all answers are generated.
+
+        So the engine is free for the next candidate, while graders still work: the future is done
+        when they are. `attempt` 0 is answered as the suite says, each one above is another sample
+        (`Suite.generation`). Raises CandidateError where the model writes nothing that can be
+        read, EngineDiedError where the engine is gone. Where graders (in the future) or scorers
+        do not give what they should, AnsweredCandidateError or AnsweredRunError.
+        """
+        asked = [_Conversation(task) for task in self._suite.select(task_ids)]
+        waiting: list[_Waiting] = []
+        if self._suite.likelihood_scorers:
+            self._weigh(asked)
+        if not self._suite.generates:
+            return when_all_done([], lambda: self._results(asked, waiting, attempt))
+        for turn in range(_turns(asked)):
+            now = [one for one in asked if turn <= len(one.task.turns)]
+            try:
+                # At once: the first turn is graded while the second is generated.
+                waiting += self._answer_and_grade(now, turn, attempt)
+            except RunError as error:
+                if any(len(one.answers) <= len(one.task.turns) for one in asked):
+                    raise
+                raise AnsweredRunError(str(error), self._ungraded(asked, attempt)) from error
+        pending = [one.grades for one in waiting]
+        return when_all_done(pending, lambda: self._results(asked, waiting, attempt))
+
+    def _weigh(self, asked: Sequence[_Conversation]) -> None:
+        """The grades of scorers that need no answer: one call for the likelihoods of all texts."""
+        suite, engine = self._suite, self._engine
+        prompts = [ask(engine, suite.chat, one.task) for one in asked]
+        texts = [continuations_of(suite, one.task) for one in asked]
+        started = time.perf_counter()
+        found = likelihoods(
+            engine,
+            prompts,
+            texts,
+            delimiter=suite.config.delimiter,
+            add_special_tokens=not uses_chat(engine, suite.chat),
+        )
+        taken = time.perf_counter() - started
+        self.generation_seconds += taken
+        for one, prompt, some in zip(asked, prompts, found, strict=True):
+            by_text = {each.text: each for each in some}
+            one.seconds += taken / len(asked)
+            for name, scorer in suite.likelihood_scorers.items():
+                wanted = [by_text[text] for text in scorer.continuations(one.task)]
+                grade, answer = scorer.judge(one.task, wanted)
+                one.details.append(ScorerGrade(name, grade))
+            if not suite.generates:
+                one.prompts.append(prompt)
+                one.answers.append(Completion(answer, (), "none", 0, engine.version))
+
+    def _answer_and_grade(
+        self, asked: Sequence[_Conversation], turn: int, attempt: int
+    ) -> list[_Waiting]:
+        """The next turn of each, and what each grader will make of it.
+
+        Graders get every answer as it is finished; those on the engine's GPU all of them after.
+        """
+        with ExitStack() as open_units:
+            units = {
+                name: open_units.enter_context(grader.unit())
+                for name, grader in self._graders.items()
+                if not grader.needs_gpu
+            }
+            self._answer(asked, attempt, list(units.values()))
+            self._score(asked)
+        return [
+            _Waiting(name, asked, turn, units[name].future)
+            if name in units
+            else self._grade_now(name, asked, turn, attempt)
+            for name in self._graders
+        ]
+
+    def _answer(
+        self, asked: Sequence[_Conversation], attempt: int, units: Sequence[GradingUnit]
+    ) -> None:
+        """One generate call for the next turn of each; `units` get the answers as they come."""
+        suite, engine = self._suite, self._engine
+        prompts = [ask(engine, suite.chat, one.task, one.texts) for one in asked]
+        settings = [suite.generation(one.task, attempt) for one in asked]
+
+        def hand_on(place: int, completion: Completion) -> None:
+            request = _request(asked[place], attempt, completion.text)
+            for unit in units:
+                unit.add(place, request)
+
+        started = time.perf_counter()
+        completions = engine.generate(
+            prompts,
+            _one_if_alike(settings),
+            add_special_tokens=not uses_chat(engine, suite.chat),
+            each=hand_on if units else None,
+        )
+        taken = time.perf_counter() - started
+        self.generation_seconds += taken
+        for one, prompt, completion in zip(asked, prompts, completions, strict=True):
+            one.prompts.append(prompt)
+            one.answers.append(completion)
+            one.seconds += taken / len(asked)
 
 
 class CanBegin(Protocol):

@@ -32,7 +32,7 @@ _TRIES = 3
 _UNSCORED_SHARE = 0.02
 # What calls in flight get to arrive, and be kept, when the run ends before them.
 _GRACE_SECONDS = 3.0
-_ENDED = "the run is at its end"
+_ENDED = "the run ended before all was graded"
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,7 +45,12 @@ def record(
     `counts` False they have no grade of their own, only what it would be made of: no score knows
     them, and they make way for answers to the same tasks that do count.
     """
-    _make_way(connection, study_id, unit, [result.task_id for result in results])
+    _make_way(
+        connection,
+        answers.c.study_id == study_id,
+        _of_unit(unit, results),
+        ~does_count(),
+    )
     rows = [_answer_row(study_id, event_id, unit, result) for result in results]
     connection.execute(sql.insert(answers), rows)
     # Read back by task: RETURNING would make SQLAlchemy send 100 answers to SQLite one by one.
@@ -61,21 +66,21 @@ def record(
         connection.execute(sql.insert(grades), graded)
 
 
-def _make_way(
-    connection: sql.Connection, study_id: int, unit: UnitKey, tasks: Sequence[str]
-) -> None:
-    """Deletes the answers to these tasks that do not count."""
-    found = sql.select(answers.c.id).where(
-        answers.c.study_id == study_id,
-        answers.c.candidate == unit.candidate,
-        answers.c.attempt == unit.attempt,
-        answers.c.task.in_(tasks),
-        ~does_count(),
-    )
-    ids = connection.scalars(found).all()
+def _make_way(connection: sql.Connection, *which: sql.ColumnElement[bool]) -> None:
+    """Deletes the answers of which all this is true."""
+    ids = connection.scalars(sql.select(answers.c.id).where(*which)).all()
     if ids:
         connection.execute(sql.delete(grades).where(grades.c.answer_id.in_(ids)))
         connection.execute(sql.delete(answers).where(answers.c.id.in_(ids)))
+
+
+def _of_unit(unit: UnitKey, results: Sequence[TaskResult]) -> sql.ColumnElement[bool]:
+    """Whether an answer is the unit's to one of the tasks of `results`."""
+    return sql.and_(
+        answers.c.candidate == unit.candidate,
+        answers.c.attempt == unit.attempt,
+        answers.c.task.in_([result.task_id for result in results]),
+    )
 
 
 def does_count() -> sql.ColumnElement[bool]:
@@ -83,23 +88,42 @@ def does_count() -> sql.ColumnElement[bool]:
     return sql.exists().where(grades.c.answer_id == answers.c.id, grades.c.total)
 
 
-def record_evaluation(database: Database, unit: UnitKey, results: Sequence[TaskResult]) -> None:
+def _has_grade() -> sql.ColumnElement[bool]:
+    return sql.exists().where(
+        grades.c.answer_id == answers.c.id, grades.c.total, grades.c.grade.is_not(None)
+    )
+
+
+def record_evaluation(
+    database: Database, unit: UnitKey, results: Sequence[TaskResult], *, counts: bool = True
+) -> None:
     """Writes the answers and grades of a model that was evaluated outside of any study.
 
-    In one transaction. Raises RunError where the storage fails.
+    In one transaction; answers of the very same evaluation that had no grade make way. `counts` as
+    in `record`. Raises RunError where the storage fails.
     """
     if not results:
         return
     rows = [_answer_row(None, None, unit, result) for result in results]
     insert = sql.insert(answers).returning(answers.c.id, sort_by_parameter_order=True)
     with stops_the_run("the ledger"), database.begin() as connection:
+        _make_way(
+            connection,
+            answers.c.study_id.is_(None),
+            _of_unit(unit, results),
+            answers.c.recipe_digest == unit.recipe_digest,
+            answers.c.suite_digest == unit.suite_digest,
+            ~_has_grade(),
+        )
         ids = connection.scalars(insert, rows).all()
         graded = [
             row
             for answer_id, result in zip(ids, results, strict=True)
             for row in _grade_rows(answer_id, unit.scorer, result)
+            if counts or not row["total"]
         ]
-        connection.execute(sql.insert(grades), graded)
+        if graded:
+            connection.execute(sql.insert(grades), graded)
 
 
 def _grade_rows(answer_id: int, scorer: str, result: TaskResult) -> list[dict[str, object]]:

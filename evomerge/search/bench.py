@@ -40,6 +40,9 @@ class Evaluator(Protocol):
     def grade(self, answers: Sequence[TaskResult], attempt: int) -> Future[list[TaskResult]]:
         """As `begin`, of a unit that is answered already and has no grades."""
 
+    def stop_grading(self) -> None:
+        """No answer is graded from here on: units on their way end soon, with their answers."""
+
 
 # Opens the engine of a study; the evaluator adds what it spends to the TimeSplit.
 OpenEvaluator: TypeAlias = Callable[[ResolvedStudy, TimeSplit], AbstractContextManager[Evaluator]]
@@ -102,6 +105,11 @@ class Bench:
         results = self._evaluator.grade(answers, attempt)
         self._watch.add("score", self._split.scoring - before)
         return results
+
+    def stop_grading(self) -> None:
+        """`Evaluator.stop_grading`."""
+        assert self._evaluator is not None
+        self._evaluator.stop_grading()
 
     def _attempt(
         self, recipe: Recipe, task_ids: Sequence[str], attempt: int

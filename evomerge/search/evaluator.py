@@ -15,13 +15,13 @@ from evomerge.database import open_database
 from evomerge.engine import open_engine
 from evomerge.engine.base import Engine, EngineConfig
 from evomerge.errors import ConfigError
-from evomerge.evaluate.evaluation import Evaluation, evaluation_of, when_all_done
+from evomerge.evaluate.evaluation import Grading, evaluation_of
 from evomerge.evaluate.graders import open_graders, shares_gpu
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import Suite, TaskResult, check_prompt_lengths
 from evomerge.evaluate.task import Grader
 from evomerge.recipe import Recipe
-from evomerge.search.held_out import HeldOutSuite, answers_renamed, renamed
+from evomerge.search.held_out import HeldOutSuite, under_names
 from evomerge.search.resolve import ResolvedStudy, engine_name
 from evomerge.search.storage import SCRATCH, database_url
 
@@ -76,14 +76,9 @@ class EngineEvaluator:
             self.by_disk_is_news = False
             why = self.engine.supports(recipe) or "the engine does not say why"
             self.say(f"candidates go by disk, which takes longer than a live switch: {why}")
-        if self.held_out is not None and self.held_out.has(task_ids):
-            evaluation = evaluation_of(self.engine, self.held_out.suite, self.held_out_graders)
-            with answers_renamed():
-                own = evaluation.begin(self.held_out.own_ids(task_ids), attempt)
-            results = _renamed_later(own)
-        else:
-            evaluation = evaluation_of(self.engine, self.suite, self.graders)
-            results = evaluation.begin(task_ids, attempt)
+        suite, graders, own_ids = self._asked(task_ids)
+        evaluation = evaluation_of(self.engine, suite, graders)
+        results = under_names(task_ids, lambda: evaluation.begin(own_ids, attempt))
         end = time.perf_counter()
         self.split.switching += loaded - start
         self.split.generation += evaluation.generation_seconds
@@ -94,26 +89,24 @@ class EngineEvaluator:
         """The grades of tasks that are answered (`Evaluator.grade`); the engine rests or waits."""
         start = time.perf_counter()
         task_ids = [answer.task_id for answer in answers]
-        if self.held_out is not None and self.held_out.has(task_ids):
-            evaluation = Evaluation(self.engine, self.held_out.suite, self.held_out_graders)
-            names = self.held_out.own_ids(task_ids)
-            own = [replace(one, task_id=name) for one, name in zip(answers, names, strict=True)]
-            results = _renamed_later(evaluation.grade(own, attempt))
-        else:
-            evaluation = Evaluation(self.engine, self.suite, self.graders)
-            results = evaluation.grade(answers, attempt)
+        suite, graders, own_ids = self._asked(task_ids)
+        own = [replace(one, task_id=name) for one, name in zip(answers, own_ids, strict=True)]
+        grading = Grading(suite, graders, self.engine.resting)
+        results = under_names(task_ids, lambda: grading.grade(own, attempt))
         self.split.scoring += time.perf_counter() - start
         return results
 
+    def stop_grading(self) -> None:
+        """See `Evaluator.stop_grading`."""
+        for grader in (*self.graders.values(), *self.held_out_graders.values()):
+            grader.stop()
 
-def _renamed_later(own: Future[list[TaskResult]]) -> Future[list[TaskResult]]:
-    """The results of a second suite's tasks, or its error with answers, as the search has them."""
-
-    def outcome() -> list[TaskResult]:
-        with answers_renamed():
-            return renamed(own.result())
-
-    return when_all_done([own], outcome)
+    def _asked(self, task_ids: Sequence[str]) -> tuple[Suite, Mapping[str, Grader], Sequence[str]]:
+        """The suite that has the tasks of these names, its graders, and what it calls the tasks."""
+        second = self.held_out
+        if second is not None and second.has(task_ids):
+            return second.suite, self.held_out_graders, second.own_ids(task_ids)
+        return self.suite, self.graders, task_ids
 
 
 class Evaluators:

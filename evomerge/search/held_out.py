@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from evomerge.errors import ConfigError
+from evomerge.evaluate.evaluation import when_all_done
 from evomerge.evaluate.suite import Suite
 from evomerge.evaluate.task import AnsweredError, Task, TaskResult
 
@@ -62,19 +64,31 @@ def name_of(task_id: str) -> str:
     return _PREFIX + task_id
 
 
-def renamed(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """Results of a second suite's tasks, under the names that the search calls them by."""
-    return [replace(result, task_id=name_of(result.task_id)) for result in results]
+def under_names(
+    names: Sequence[str], begin: Callable[[], Future[list[TaskResult]]]
+) -> Future[list[TaskResult]]:
+    """The results that `begin` gives, or its error's answers, under these names of their tasks."""
+
+    def outcome() -> list[TaskResult]:
+        with _answers_named(names):
+            return _named(own.result(), names)
+
+    with _answers_named(names):
+        own = begin()
+    return when_all_done([own], outcome)
 
 
 @contextmanager
-def answers_renamed() -> Iterator[None]:
-    """In the block also the answers that come with an error get the names of `renamed`."""
+def _answers_named(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except AnsweredError as error:
-        error.answers = tuple(renamed(error.answers))
+        error.answers = tuple(_named(error.answers, names))
         raise
+
+
+def _named(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResult]:
+    return [replace(one, task_id=name) for one, name in zip(results, names, strict=True)]
 
 
 def _question(task: Task) -> tuple[object, ...]:

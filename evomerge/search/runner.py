@@ -98,6 +98,13 @@ class Runner:
         """
         try:
             return self._run()
+        except KeyboardInterrupt:
+            # Nobody waits for grades any more.
+            if self._pending:
+                self._bench.stop_grading()
+                with suppress(EvomergeError):
+                    self._keep_pending()
+            raise
         except Exception as error:
             if not self._has_stopped:
                 name = "" if isinstance(error, EvomergeError) else f"{type(error).__name__}: "

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +19,15 @@ import numpy as np
 from evomerge.database import Database, can_be_read, open_database
 from evomerge.engine.base import Engine
 from evomerge.engine.live_models import LiveModels, LiveSettings
-from evomerge.errors import CandidateError, ConfigError
-from evomerge.evaluate.evaluation import evaluation_of
+from evomerge.errors import CandidateError, ConfigError, EvomergeError
+from evomerge.evaluate.evaluation import Grading, evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
 from evomerge.evaluate.ledger_query import ledger_rows
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
-from evomerge.evaluate.task import Grader, Task, TaskResult
+from evomerge.evaluate.task import AnsweredError, Grader, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.search.selection import paired_interval, within
 
@@ -122,6 +123,15 @@ class Difference:
     interval: Interval
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A model on its way: the results to come, of answers that the ledger had already, or not."""
+
+    one: Contestant
+    results: Future[list[TaskResult]]
+    kept: Sequence[TaskResult] = ()
+
+
 @dataclass
 class SideBySide:
     """Evaluates models on the tasks of `suite`, one after another, and keeps all in `database`.
@@ -143,34 +153,65 @@ class SideBySide:
         """What each model made of the tasks; graders work while the engine is on the next one.
 
         A model that has no answers (its logits are NaN, too much of it cannot be graded) says why;
-        what is not its own fault is raised: ConfigError, EngineDiedError, RunError.
+        what is not its own fault is raised: ConfigError, EngineDiedError, RunError. Answers without
+        grades are kept then, and only graded when the same is measured again.
         """
-        found = {
-            place: known
-            for place, one in enumerate(contestants)
-            if not self.fresh and (known := self._known(one, tasks)) is not None
-        }
-        for place, known in found.items():
-            self.say(_line(contestants[place].name, known) + ", in the ledger already")
-        left = [place for place in range(len(contestants)) if place not in found]
-        pending: dict[int, Future[list[TaskResult]]] = {}
+        pending: dict[int, _Begun] = {}
+        try:
+            return self._measure(contestants, tasks, pending)
+        except BaseException:
+            for grader in self.graders.values():
+                grader.stop()
+            for begun in pending.values():
+                with suppress(EvomergeError):
+                    self._finish(begun)
+            raise
+
+    def _measure(
+        self, contestants: Sequence[Contestant], tasks: Sequence[Task], pending: dict[int, _Begun]
+    ) -> list[Measured]:
+        """As `measure`; what is on its way is in `pending`, by its place."""
+        found: dict[int, Measured] = {}
+        for place, one in enumerate(contestants):
+            kept = [] if self.fresh else self._kept(one, tasks)
+            if kept and all(result.grade is not None for result in kept):
+                found[place] = Measured(one.name, tuple(kept), known=True)
+                self.say(_line(one.name, found[place]) + ", in the ledger already")
+            elif kept:
+                self.say(f"{one.name}: its {len(kept)} answers are in the ledger, not all graded")
+                grading = Grading(self.suite, self.graders)
+                pending[place] = _Begun(one, grading.grade(kept), kept)
+        left = [place for place in range(len(contestants)) if place not in found | pending]
         shown: set[str] = set()
         models = LiveModels([contestants[place].folder for place in left], self.live, self.say)
         with models.opened() as each:
             for turn, engine in each:
-                place = left[turn]
-                try:
-                    pending[place] = self._begin(contestants[place], engine, tasks, shown)
-                except CandidateError as error:
-                    found[place] = self._failed(contestants[place], error)
+                one = contestants[left[turn]]
+                pending[left[turn]] = _Begun(one, self._begin(one, engine, tasks, shown))
                 # At once what is graded by now: a kill loses no more than is in flight.
-                for done in [other for other, future in pending.items() if future.done()]:
-                    found[done] = self._finish(contestants[done], pending.pop(done))
-        for place, future in pending.items():
-            found[place] = self._finish(contestants[place], future)
+                for place in [place for place, begun in pending.items() if begun.results.done()]:
+                    found[place] = self._finish(pending[place])
+                    del pending[place]
+        for place in list(pending):
+            found[place] = self._finish(pending[place])
+            del pending[place]
         return [found[place] for place in range(len(contestants))]
 
     def _begin(
+        self,
+        one: Contestant,
+        engine: Engine | CandidateError,
+        tasks: Sequence[Task],
+        shown: set[str],
+    ) -> Future[list[TaskResult]]:
+        try:
+            return self._answer(one, engine, tasks, shown)
+        except (CandidateError, AnsweredError) as error:
+            failed: Future[list[TaskResult]] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _answer(
         self,
         one: Contestant,
         engine: Engine | CandidateError,
@@ -187,34 +228,44 @@ class SideBySide:
         evaluation = evaluation_of(engine, self.suite, self.graders)
         return evaluation.begin([task.id for task in tasks])
 
-    def _finish(self, one: Contestant, future: Future[list[TaskResult]]) -> Measured:
+    def _finish(self, begun: _Begun) -> Measured:
+        """What has become of a model, waited for and kept. Raises RunError."""
+        name = begun.one.name
         try:
-            measured = Measured(one.name, tuple(future.result()))
-        except CandidateError as error:
-            return self._failed(one, error)
-        record_evaluation(self.database, self._key(one), measured.results)
-        self.say(_line(one.name, measured))
+            results = begun.results.result()
+        except (CandidateError, AnsweredError) as error:
+            if isinstance(error, AnsweredError):
+                self._record(begun, error.answers, counts=False)
+            if not isinstance(error, CandidateError):
+                raise
+            self.say(f"{name} | failed: {error}")
+            return Measured(name, reason=str(error))
+        self._record(begun, results)
+        measured = Measured(name, tuple(results))
+        self.say(_line(name, measured))
         return measured
 
-    def _failed(self, one: Contestant, error: CandidateError) -> Measured:
-        self.say(f"{one.name} | failed: {error}")
-        return Measured(one.name, reason=str(error))
+    def _record(self, begun: _Begun, results: Sequence[TaskResult], *, counts: bool = True) -> None:
+        """Keeps what the ledger has not yet, with what was paid for it before."""
+        graded = {result.task_id for result in begun.kept if result.grade is not None}
+        new = _paid_first([*begun.kept, *results])[len(begun.kept) :]
+        new = [result for result in new if result.task_id not in graded]
+        record_evaluation(self.database, self._key(begun.one), new, counts=counts)
 
-    def _known(self, one: Contestant, tasks: Sequence[Task]) -> Measured | None:
-        """What the ledger has of the same evaluation, if it has all of it."""
+    def _kept(self, one: Contestant, tasks: Sequence[Task]) -> list[TaskResult]:
+        """The ledger's answers of the same evaluation, in order; none unless it has all of them."""
         key = self._key(one)
         with can_be_read("the ledger"), self.database.begin() as connection:
             found = [
                 row.to_result()
                 for row in ledger_rows(connection, None, [one.name])
                 if (row.recipe_digest, row.suite_digest) == (key.recipe_digest, key.suite_digest)
-                and row.scorer == key.scorer
-                and row.grade is not None
             ]
+        # The last one with a grade, else the last one.
+        found.sort(key=lambda result: result.grade is not None)
         results = {result.task_id: result for result in _paid_first(found)}
-        if any(task.id not in results for task in tasks):
-            return None
-        return Measured(one.name, tuple(results[task.id] for task in tasks), known=True)
+        whole = all(task.id in results for task in tasks)
+        return [results[task.id] for task in tasks] if whole else []
 
     def _key(self, one: Contestant) -> UnitKey:
         return UnitKey(

@@ -231,7 +231,7 @@ def test_a_judge_that_is_stopped_keeps_what_arrives_soon_and_fails_the_rest(
     while server.at_once < 2:
         time.sleep(0.01)
     judge.stop()
-    with pytest.raises(RunError, match="the run is at its end"):
+    with pytest.raises(RunError, match="the run ended before all was graded"):
         future.result(1)
     assert len(server.prompts) == len(kept(tmp_path)) == 2
     server.latency = 3.0  # longer than anybody waits
@@ -240,7 +240,7 @@ def test_a_judge_that_is_stopped_keeps_what_arrives_soon_and_fails_the_rest(
     while not server.at_once:
         time.sleep(0.01)
     other.stop()
-    with pytest.raises(RunError, match="the run is at its end"):
+    with pytest.raises(RunError, match="the run ended before all was graded"):
         future.result(1)
 
 

@@ -340,16 +340,23 @@ def test_a_candidate_whose_answers_get_no_grades_fails_alone(
     assert "no grade that counts: 7 of 7 answers" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("ended_by", [RunError, KeyboardInterrupt])
 def test_answers_that_were_not_graded_are_kept_and_not_written_again(
-    judged: Study, server: ScriptedJudge, tmp_path: Path
+    judged: Study,
+    server: ScriptedJudge,
+    tmp_path: Path,
+    ended_by: type[BaseException],
 ) -> None:
     written: list[int] = []
+    interrupted_after: list[int] = []
 
     def run(storage: Path, **judge: Any) -> dict[str, Any]:
         class Counting(EngineEvaluator):
             def begin(
                 self, recipe: Recipe, task_ids: Sequence[str], attempt: int
             ) -> Future[list[TaskResult]]:
+                if sum(written) in interrupted_after:
+                    raise KeyboardInterrupt
                 results = super().begin(recipe, task_ids, attempt)
                 written.append(len(task_ids))
                 return results
@@ -370,18 +377,26 @@ def test_answers_that_were_not_graded_are_kept_and_not_written_again(
     server.prompts.clear()
 
     def goes_away(prompt: str) -> str:
-        if len(server.prompts) == 20:
+        if len(server.prompts) == 20 and ended_by is RunError:
             server.faults = [faults.BROKEN] * 10_000
-        time.sleep(0.05)  # so that answers wait for their grades
+        time.sleep(0.05 if ended_by is RunError else 0.5)  # so that answers wait for their grades
         return grade_by_length(prompt)
 
     server.reply = goes_away
     storage = tmp_path / "broken"
-    with pytest.raises(RunError, match=r"could not be had for 0\.3 s: 500: out of order"):
-        run(storage, patience=0.3)
+    if ended_by is RunError:
+        why = "could not be had for 0.3 s: 500: out of order"
+        with pytest.raises(RunError, match=why):
+            run(storage, patience=0.3)
+    else:
+        why = "the run ended before all was graded"
+        interrupted_after.append(42)  # within a generation
+        with pytest.raises(KeyboardInterrupt):
+            run(storage)
+        interrupted_after.clear()
     kept = [row for row in study_answers(storage, "formula") if row.reason is not None]
     assert len({row.candidate for row in kept}) > 1
-    assert all("could not be had" in (row.reason or "") and row.grade is None for row in kept)
+    assert all(why in (row.reason or "") and row.grade is None for row in kept)
     assert sum(written) < needed
     server.faults, server.reply = [], grade_by_length
     assert scores_of(run(storage)) == scores_of(unbroken)
