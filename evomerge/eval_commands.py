@@ -97,7 +97,8 @@ def radar(
 
     Models and categories are the table's, and error bars where it has them.
     """
-    from evomerge.report.radar import check_charts, draw_radar
+    from evomerge.report.charts import check_charts
+    from evomerge.report.radar import draw_radar
     from evomerge.report.radar_table import read_radar_table
 
     scores = read_radar_table(table)
@@ -375,7 +376,8 @@ def eval_(
     Each is compared with the first one, paired task by task.
     """
     from evomerge.evaluate.graders import check_graders, needs_judge
-    from evomerge.report.radar import check_charts, draw_radar
+    from evomerge.report.charts import check_charts
+    from evomerge.report.radar import draw_radar
     from evomerge.report.side_by_side import (
         check_radar_categories,
         evaluation_markdown,

@@ -57,7 +57,10 @@ LIBRARIES: dict[str, set[str]] = {
     "cmaes": {"search/evolution_samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
     "lm_eval": {"evaluate/harness.py"},
-    "matplotlib": {"report/radar.py"},
+    "matplotlib": {
+        *("report/charts.py", "report/course_chart.py", "report/layers_chart.py"),
+        "report/radar.py",
+    },
     "huggingface_hub": {"evaluate/hub.py", "merge/inputs.py"},
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "openai": {"evaluate/judge_client.py"},
@@ -69,7 +72,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {
         *("cli.py", "report/comparison.py", "report/importance.py", "report/screen.py"),
         *("report/bar.py", "report/merge_display.py", "report/progress.py", "report/table.py"),
-        *("report/answers.py", "report/side_by_side.py", "report/radar.py"),
+        *("report/answers.py", "report/side_by_side.py", "report/charts.py"),
     },
     "sacrebleu": {"evaluate/scorers.py"},
     "safetensors": {"merge/checkpoint.py"},

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
-
-from evomerge.errors import ConfigError, OutputExistsError
+from evomerge.errors import ConfigError
+from evomerge.report.charts import COLOURS, MARKERS, STYLES, broken, write_charts
 from evomerge.report.radar_table import RadarLine, RadarTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, told apart by every kind of colour vision, darkest first; black for text only.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
-_STYLES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_KINDS = (".png", ".svg", ".pdf")
 # Tops of scales that scores are usually on; above them, the next round number.
 _TOPS = (1.0, 5.0, 10.0, 100.0)
-_JAPANESE_PACKAGE, _JAPANESE_FONT = "matplotlib_fontja", "fonts/ipaexg.ttf"
 # A category's name is broken there, so that the circle keeps its size; a model's in the legend.
 _CATEGORY_WIDTH, _MODEL_WIDTH = 16, 48
 # Where several models have error bars these stand side by side, this share of the radius apart.
@@ -35,24 +23,6 @@ _BESIDE = 0.022
 _WIDEST_SHIFT = 0.2  # radians, near the middle
 _ABOVE = 100  # of all lines
 _MOST_FILLED = 2  # more areas on top of each other are mud
-_SETTINGS: Any = {
-    "font.family": ["DejaVu Sans", "IPAexGothic"],
-    "font.size": 10.0,
-    "text.parse_math": False,  # a $ in a model's name is a $
-    "svg.fonttype": "path",  # the letters are drawn right wherever the font is missing
-    "svg.hashsalt": "evomerge",
-}
-
-
-def check_charts(paths: Sequence[Path], *, overwrite: bool = False) -> None:
-    """Raises ConfigError unless charts can be written to `paths` (PNG, SVG or PDF by suffix)."""
-    for path in paths:
-        if path.suffix.lower() not in _KINDS:
-            raise ConfigError(f"{path}: a chart's name ends in {', '.join(_KINDS)}")
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputExistsError(f"{path}: exists already; --overwrite replaces it")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("charts need matplotlib: pip install 'evomerge[plots]'")
 
 
 def draw_radar(
@@ -67,17 +37,8 @@ def draw_radar(
     `bounds` are the values in the middle and at the rim (None: as the scores have it). Raises
     ConfigError where a score lies outside of them or a file cannot be written.
     """
-    import matplotlib as mpl
-
     low, high = _bounds(table, bounds)
-    with mpl.rc_context(_SETTINGS), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        _register_japanese()
-        figure = radar_figure(table, low, high, title)
-        drawn = [(path, _bytes_of(figure, path.suffix.lower()[1:])) for path in paths]
-    for path, content in drawn:
-        _write(path, content)
-    return list(dict.fromkeys(str(one.message).splitlines()[0] for one in caught))
+    return write_charts(lambda: radar_figure(table, low, high, title), paths)
 
 
 def _bounds(table: RadarTable, wanted: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -100,21 +61,6 @@ def _round_up(value: float) -> float:
     usual = [top for top in _TOPS if top >= value]
     digits = 10.0 ** math.floor(math.log10(value))
     return usual[0] if usual else math.ceil(value / digits) * digits
-
-
-def _register_japanese() -> None:
-    """Lets matplotlib find the font of the package matplotlib-fontja, without importing that.
-
-    Its import would change every chart of the process.
-    """
-    from matplotlib.font_manager import fontManager
-
-    if any(font.name == "IPAexGothic" for font in fontManager.ttflist):
-        return
-    spec = find_spec(_JAPANESE_PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    if folders and (file := Path(folders[0]) / _JAPANESE_FONT).is_file():
-        fontManager.addfont(file)
 
 
 def radar_figure(table: RadarTable, low: float, high: float, title: str | None = None) -> Figure:
@@ -150,7 +96,7 @@ def _draw_grid(axes: Any, categories: Sequence[str], low: float, high: float) ->
     axes.set_theta_direction(-1)
     axes.set_ylim(low, high)
     angles = _angles(len(categories))
-    names = [_broken(name, _CATEGORY_WIDTH) for name in categories]
+    names = [broken(name, _CATEGORY_WIDTH) for name in categories]
     axes.set_xticks(angles, names, fontsize=11)
     for angle, label in zip(angles, axes.get_xticklabels(), strict=True):
         side = math.sin(angle)
@@ -175,9 +121,9 @@ def _draw_grid(axes: Any, categories: Sequence[str], low: float, high: float) ->
 
 
 def _draw_line(axes: Any, line: RadarLine, index: int, rows: int) -> None:
-    colour = _COLOURS[index % len(_COLOURS)]
-    style = _STYLES[index % len(_STYLES)]
-    marker = _MARKERS[index % len(_MARKERS)]
+    colour = COLOURS[index % len(COLOURS)]
+    style = STYLES[index % len(STYLES)]
+    marker = MARKERS[index % len(MARKERS)]
     scores = [math.nan if score is None else score for score in line.scores]
     place = index - (rows - 1) / 2 if any(line.intervals) else 0.0
     angles = [
@@ -228,38 +174,12 @@ def _draw_interval(axes: Any, angle: float, ends: Sequence[float], colour: str) 
 
 
 def _label(line: RadarLine) -> str:
-    text = f"{_broken(line.model, _MODEL_WIDTH)}   mean {line.mean:.3f}"
+    text = f"{broken(line.model, _MODEL_WIDTH)}   mean {line.mean:.3f}"
     if line.mean_interval is None:
         return text
     low, high = line.mean_interval
     return f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def _broken(name: str, width: int) -> str:
-    """`name` in lines of at most `width` columns, of which a Japanese letter takes two."""
-    return "\n".join(line.plain.rstrip() for line in Text(name).wrap(Console(), width))
-
-
 def _angles(count: int) -> list[float]:
     return [2 * math.pi * index / count for index in range(count)]
-
-
-def _bytes_of(figure: Figure, kind: str) -> bytes:
-    content = io.BytesIO()
-    # Without a date the same table gives the same bytes.
-    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    # Tight: whatever the longest name is, it is in the picture.
-    figure.savefig(
-        content, format=kind, metadata=dated.get(kind), bbox_inches="tight", pad_inches=0.15
-    )
-    return content.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

@@ -35,8 +35,9 @@ from evomerge.merge.gguf_vocabulary import read_vocabulary
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.streaming import Progress
 from evomerge.moe_config import REPRODUCE, MoEConfig, mixture_text, parse_moe_config
+from evomerge.report.charts import check_charts
 from evomerge.report.moe import build_moe
-from evomerge.report.radar import check_charts, draw_radar
+from evomerge.report.radar import draw_radar
 from evomerge.report.results import MODEL_FOLDER
 from evomerge.report.side_by_side import (
     check_radar_categories,

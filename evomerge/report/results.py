@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from evomerge.merge.materialize import RECIPE_FILE, materialize, refuse_inputs_a
 from evomerge.recipe import Recipe
 from evomerge.report.card import CardModel, model_card
 from evomerge.report.certainty import certainty_lines, certainty_markdown
+from evomerge.report.plots import COURSE_CHARTS, LAYERS_CHARTS, plot_study
 from evomerge.report.status import REPORT_FILE, which
 from evomerge.report.table import (
     Row,
@@ -55,6 +56,7 @@ class Results:
     held_out: str
     seconds: Mapping[str, float]
     certainty: list[str]
+    charts: tuple[Path, ...]
 
 
 def export_model(
@@ -79,7 +81,7 @@ def export_model(
 
 
 def write_results(storage: Path, name: str, say: Callable[[str], None]) -> Results:
-    """Writes the winner's model and the report of a finished study into its folder.
+    """Writes the winner's model, charts and the report of a finished study into its folder.
 
     What is there and still true is left as it is; `say` is told what takes its time. Raises
     ConfigError where the study is not finished or another process is at work on it.
@@ -107,9 +109,19 @@ def _write_results(storage: Path, name: str, say: Callable[[str], None]) -> Resu
         held_out=held_out_words(status),
         seconds=status["seconds"],
         certainty=certainty_lines(status["outcome"]),
+        charts=_plot(storage, name, say),
     )
     write_whole(results.report, _report(status, begun, results))
     return results
+
+
+def _plot(storage: Path, name: str, say: Callable[[str], None]) -> tuple[Path, ...]:
+    """The study's charts; none where they cannot be drawn, which is said."""
+    try:
+        return tuple(plot_study(storage, name, say))
+    except ConfigError as error:
+        say(f"no charts: {error}")
+        return ()
 
 
 def time_split(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
@@ -172,6 +184,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         outcome_markdown(results.rows, results.tasks, results.held_out),
         _caution(results.tasks),
         certainty_markdown(status["outcome"]),
+        *_pictures(results.charts),
         *_judges(status),
         *_gates(status),
         "## Where the time went\n",
@@ -181,6 +194,7 @@ def _report(status: Mapping[str, Any], begun: Mapping[str, Any], results: Result
         "## Files\n",
         f"- `{BEST_FILE}`: the winner's recipe, a mergekit configuration\n"
         f"- `{MODEL_FOLDER}/`: its model\n"
+        f"{_chart_files(results.charts)}"
         "- `study.yaml`: what was asked, with versions and seeds\n"
         "- `optuna.journal`: every trial, for optuna-dashboard\n",
     ]
@@ -227,6 +241,23 @@ def _caution(tasks: tuple[int, int]) -> str:
         "The winner was searched, chosen and is shown on the same tasks: its score flatters it. "
         "`holdout: 0.3` in the study file keeps tasks apart.\n"
     )
+
+
+def _pictures(charts: Sequence[Path]) -> list[str]:
+    """The section with the charts; nothing where there are none."""
+    words = {
+        COURSE_CHARTS[
+            0
+        ]: "The scores of all candidates in their order, and what they are held against",
+        LAYERS_CHARTS[0]: "The numbers of the winner's recipe over the layers",
+    }
+    shown = [f"![{words[one.name]}]({one.name})\n" for one in charts if one.name in words]
+    return ["## Course\n", *shown] if shown else []
+
+
+def _chart_files(charts: Sequence[Path]) -> str:
+    names = ", ".join(f"`{one.name}`" for one in charts)
+    return f"- {names}: the pictures\n" if names else ""
 
 
 def _judges(status: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,16 @@ def adjusted_scores(grades: Mapping[str, Grades], tasks: Sequence[str]) -> dict[
 
 def adjusted_trials(history: History, tasks: Sequence[str]) -> dict[int, float]:
     """number -> adjusted score, of all trials that have grades and did not fail."""
+    scores = adjusted_candidates(history, tasks)
+    return {
+        number: scores[label]
+        for number in history.genomes
+        if (label := trial_label(number)) in scores
+    }
+
+
+def adjusted_candidates(history: History, tasks: Sequence[str]) -> dict[str, float]:
+    """candidate -> adjusted score of greedy answers, of all that have grades and did not fail."""
     blocks = {
         trial_label(number): block
         for block, numbers in history.generations.items()
@@ -55,12 +65,7 @@ def adjusted_trials(history: History, tasks: Sequence[str]) -> dict[int, float]:
         asked = history.tasks[blocks[label]] if label in blocks else None
         # The winner answers more at the end; among the trials it keeps to its generation's tasks.
         grades[label] = row if asked is None else {task: row.get(task) for task in asked}
-    scores = adjusted_scores(grades, tasks)
-    return {
-        number: scores[label]
-        for number in history.genomes
-        if (label := trial_label(number)) in scores
-    }
+    return adjusted_scores(grades, tasks)
 
 
 def _difficulty(rows: Sequence[Mapping[str, float]], place: Mapping[str, int]) -> Array:

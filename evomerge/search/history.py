@@ -59,6 +59,8 @@ class History:
     `futile` are the candidates that were stopped before the end of their tasks, and why. `pools`
     and `choices` go by the number of blocks that had been told. `spent` counts the tasks paid for.
     `answered` are units whose answers are kept without grades: (candidate, part, attempt).
+    `spent_before` and `spent_at` say what was spent when a generation was proposed, and when a
+    candidate's part was last scored or failed.
     """
 
     begun: Payload | None = None
@@ -82,6 +84,8 @@ class History:
     seconds: dict[str, float] = field(default_factory=dict)
     spent: int = 0
     answered: set[tuple[str, Part, int]] = field(default_factory=set)
+    spent_before: dict[int, int] = field(default_factory=dict)
+    spent_at: dict[tuple[str, Part], int] = field(default_factory=dict)
 
     def apply(self, kind: str, payload: Payload) -> None:
         """Takes one more event into account; kinds of a later version's making are passed over."""
@@ -159,6 +163,7 @@ class History:
     def _on_generation(self, payload: Payload) -> None:
         self.generations[payload["block"]] = list(payload["numbers"])
         self.tasks[payload["block"]] = payload["tasks"]
+        self.spent_before[payload["block"]] = self.spent
 
     def _on_proposed(self, payload: Payload) -> None:
         self.genomes[payload["number"]] = tuple(payload["genome"])
@@ -179,11 +184,13 @@ class History:
         self.engine_deaths.clear()
         self.answered.discard((*key, payload["attempt"]))
         self.spent += payload["tasks"]
+        self.spent_at[key] = self.spent
         self._spend(payload["seconds"])
 
     def _on_failed(self, payload: Payload) -> None:
         key = (payload["candidate"], payload["part"])
         self.failures[key] = payload["reason"]
+        self.spent_at[key] = self.spent
         if "attempt" in payload:
             self._on_answered(payload)
         if payload.get("engine_died"):

@@ -9,7 +9,8 @@ import pytest
 from matplotlib.font_manager import findfont, get_font
 
 from evomerge.errors import ConfigError
-from evomerge.report.radar import check_charts, draw_radar, radar_figure
+from evomerge.report.charts import check_charts
+from evomerge.report.radar import draw_radar, radar_figure
 from evomerge.report.radar_table import RadarLine, RadarTable, read_radar_table
 from tests.shared_data import shared_data
 from tests.test_cli import run
