@@ -32,6 +32,7 @@ _TRIES = 3
 _UNSCORED_SHARE = 0.02
 # What calls in flight get to arrive, and be kept, when the run ends before them.
 _GRACE_SECONDS = 3.0
+_SHOWN_OF_A_REPLY = 200
 _ENDED = "the run ended before all was graded"
 
 
@@ -51,12 +52,16 @@ class Seat:
 
 @dataclass(frozen=True)
 class _Opinion:
-    """One grading of one answer; `usage` None where it was known already."""
+    """One grading of one answer; `usage` None where it was known already.
+
+    `cut`: the reply ends at its most tokens.
+    """
 
     grade: float | None
     reply: str = ""
     usage: Usage | None = None
     refused: str | None = None
+    cut: bool = False
 
     def for_free(self) -> _Opinion:
         """The opinion, for those who do not pay for it."""
@@ -155,6 +160,7 @@ class Judge:
 
     def _go_by(self, rubric: Rubric) -> None:
         self._rubric = rubric
+        self._has_graded = False
         self.low, self.high = float(rubric.low), float(rubric.high)
 
     def grade_all(self, items: Sequence[GradeRequest]) -> Future[list[ScorerGrade]]:
@@ -328,7 +334,7 @@ class Judge:
     async def _ask(self, question: _Question) -> _Opinion:
         """Asks until a reply has a grade, as often as that may take."""
         rubric, client = self._rubric, self._client(question.seat)
-        usage, text = Usage(0, 0), ""
+        usage = Usage(0, 0)
         for number in range(_TRIES):
             prompt = question.asked.prompt
             if number:
@@ -345,10 +351,11 @@ class Judge:
             await asyncio.get_running_loop().run_in_executor(
                 self._writer, self._replies.add, question.asked, given
             )
-            usage, text = _sum(usage, reply), reply.text
+            usage = _sum(usage, reply)
+            opinion = _Opinion(given.grade, reply.text, usage, cut=reply.finish_reason == "length")
             if given.grade is not None:
-                return _Opinion(given.grade, text, usage)
-        self._given_up[question.asked.key] = opinion = _Opinion(None, text, usage)
+                return opinion
+        self._given_up[question.asked.key] = opinion
         return opinion
 
     def _given(self, reply: Reply) -> Given:
@@ -389,15 +396,20 @@ class Judge:
     ) -> None:
         """Raises UngradedError where the score would rest on too few answers.
 
-        RunError where the judge took no question at all: that is no matter of one candidate.
+        RunError where the judge took no question at all, or has never given a grade: that is no
+        matter of one candidate.
         """
+        self._has_graded |= any(opinion.grade is not None for opinion in opinions)
         refused = [opinion.refused for opinion in opinions if opinion.refused is not None]
         if len(refused) > 1 and len(refused) == len(opinions):
             raise RunError(f"no answer was taken to be graded: {refused[-1]}")
         unscored = sum(one.grade is None for one in graded)
         allowed = max(1, int(_UNSCORED_SHARE * len(graded)))
         if unscored > allowed:
-            why = next(reversed([*faults, *refused]), "the judge's replies hold no grade")
+            why = next(reversed([*faults, *refused]), _no_grade(opinions))
+            if not self._has_graded and len(opinions) > 1 and not refused:
+                last = " ".join(opinions[-1].reply.split())[:_SHOWN_OF_A_REPLY]
+                raise RunError(f"{_no_grade(opinions)}, not of one answer; the last is {last!r}")
             raise UngradedError(
                 f"{unscored} of {len(graded)} answers could not be graded, "
                 f"{allowed} at most may be left out: {why}",
@@ -488,6 +500,12 @@ async def _check(seat: Seat, say: Callable[[str], None]) -> None:
         await client.check(say)
     finally:
         await client.close()
+
+
+def _no_grade(opinions: Sequence[_Opinion]) -> str:
+    cut = sum(opinion.cut for opinion in opinions if opinion.grade is None)
+    hint = f" ({cut} were cut: reply_tokens is too low, of which thinking takes its part, too)"
+    return f"the judge's replies hold no grade{hint if cut else ''}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

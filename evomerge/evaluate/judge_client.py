@@ -179,9 +179,10 @@ class JudgeClient:
         try:
             return await retrying(once)
         except _TemporaryError as error:
-            raise RunError(
-                f"judge: {self._server.base_url} could not be had for {patience:g} s: {error}"
-            ) from error
+            how = f"could not be had for {patience:g} s"
+            if error.wait:  # and so it was given up at once
+                how = f"asks to be left alone for {error.wait:g} s, longer than {patience:g} s"
+            raise RunError(f"judge: {self._server.base_url} {how}: {error}") from error
 
     async def _while_served(self, asking: Coroutine[Any, Any, Found]) -> Found:
         """What `asking` gives, given up as soon as a server of ours has ended: RunError.

@@ -142,6 +142,33 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(
     assert len(server.requests) == 3
 
 
+def test_a_server_that_wants_to_be_left_alone_for_too_long_stops_the_run_at_once(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    server.faults = [Fault(429, {"Retry-After": "3600"}, '{"error": {"message": "slow down"}}')] * 9
+    words = r"/v1 asks to be left alone for 3600 s, longer than 9 s: 429: slow down$"
+    with pytest.raises(RunError, match=words):
+        opened(patience=9.0).grade_all(requests(3)).result(5)
+
+
+def test_a_judge_that_never_gives_a_grade_stops_the_run(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    server.reply = lambda prompt: "Hm.\nNo."
+    judge = opened()
+    words = "the judge's replies hold no grade, not of one answer; the last is 'Hm. No.'"
+    with pytest.raises(RunError, match=words):
+        judge.grade_all(requests(4)).result(60)
+    server.finish_reason = "length"
+    with pytest.raises(RunError, match=r"no grade \(4 were cut: reply_tokens is too low, "):
+        opened().grade_all(requests(4)).result(60)
+    # Of one that did before it is the candidate's.
+    server.reply, server.finish_reason = faults.grade_in_prompt, "stop"
+    assert grades(judge, requests(6)[4:]) == [5, 1]
+    with pytest.raises(UngradedError, match="4 of 4 answers could not be graded"):
+        judge.grade_all(requests(4)).result(60)
+
+
 def test_a_server_that_says_nothing_is_asked_again_after_the_timeout(
     opened: Open, server: ScriptedJudge
 ) -> None:
