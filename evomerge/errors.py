@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 _NAMED_AT_MOST = 40
@@ -42,6 +41,8 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     `cutoff` in [0, 1] is how like it has to be (`difflib.get_close_matches`).
     """
     words = list(known)
+    import difflib
+
     close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
     if close:
         return f"; did you mean {close[0]!r}?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +84,8 @@ def _preset(name: str, kinds: Sequence[PresetKind]) -> Path:
         if each == name:
             return preset_file(name, kind)
     known = [each for each, _ in names]
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     available = ", ".join(known) or "none"

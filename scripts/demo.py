@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from evomerge.cli import main
-from evomerge.terminal import storage_directory
+from evomerge.commands.options import storage_directory
 
 STUDY_FILE = Path(__file__).resolve().parent / "demo" / "demo.yaml"
 

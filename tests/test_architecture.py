@@ -39,16 +39,12 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "strict_yaml", "recipe", "moe_config", "space", "merge", "engine"),
         *("evaluate", "search"),
     },
+    "commands": {
+        *("errors", "resources", "recipe", "moe_config", "merge", "engine", "evaluate", "search"),
+        "report",
+    },
+    "cli": {"errors", "commands"},
     "__main__": {"cli"},
-    "terminal": {"errors", "search"},
-    "cli": {
-        *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "search", "report"),
-        *("evaluate", "eval_commands"),
-    },
-    "eval_commands": {
-        *("errors", "resources", "terminal", "recipe", "moe_config", "merge", "engine"),
-        *("evaluate", "search", "report"),
-    },
 }
 
 # Each big library, and the files that may know it.
@@ -70,7 +66,7 @@ LIBRARIES: dict[str, set[str]] = {
     "peft": set(),
     "pyarrow": {"evaluate/tables.py"},
     "rich": {
-        *("cli.py", "report/comparison.py", "report/importance.py", "report/screen.py"),
+        *("commands/search.py", "report/comparison.py", "report/importance.py", "report/screen.py"),
         *("report/bar.py", "report/merge_display.py", "report/progress.py", "report/table.py"),
         *("report/answers.py", "report/side_by_side.py", "report/charts.py"),
     },
@@ -97,7 +93,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("merge/inputs.py", "merge/tokenizer.py", "evaluate/embedding.py"),
         *("merge/gguf.py", "merge/gguf_vocabulary.py"),
     },
-    "typer": {"cli.py", "eval_commands.py", "terminal.py"},
+    "typer": {"cli.py", *(f"commands/{path.name}" for path in (PACKAGE / "commands").glob("*.py"))},
     "vllm": {
         *("engine/plugin.py", "engine/vllm_backend.py", "engine/vllm_engine.py"),
         "engine/vllm_private.py",

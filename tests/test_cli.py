@@ -19,7 +19,8 @@ import pytest
 import torch
 import yaml
 
-from evomerge.cli import main, parse_size
+from evomerge.cli import main
+from evomerge.commands.options import parse_size
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
 from evomerge.recipe import read_recipe
