@@ -15,6 +15,7 @@ from evomerge.commands.extract_lora import extract
 from evomerge.commands.gguf import gguf
 from evomerge.commands.merge import merge
 from evomerge.commands.moe import moe
+from evomerge.commands.plot import plot
 from evomerge.commands.presets import presets_app
 from evomerge.commands.radar import radar
 from evomerge.commands.reproduce import reproduce
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "resume": resume,
     "status": status,
     "export": export,
+    "plot": plot,
     "merge": merge,
     "moe": moe,
     "gguf": gguf,

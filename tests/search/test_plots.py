@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from evomerge.errors import CandidateError, ConfigError, RunError
+from evomerge.errors import CandidateError, RunError
 from evomerge.recipe import Recipe
 from evomerge.report import charts
 from evomerge.report.charts import write_charts
@@ -38,6 +40,7 @@ from evomerge.search.loop import run_search
 from evomerge.search.status import existing_log, status_of, trial_recipe
 from evomerge.search.study import StudyConfig, study_directory
 from tests.search.formula import broken_above, formula_grade, opener, weights_of
+from tests.test_cli import run
 
 Study = Callable[..., StudyConfig]
 CHARTS = ["course.png", "course.svg", "layers.png", "layers.svg"]
@@ -295,7 +298,11 @@ def test_an_interrupted_study_is_drawn_as_far_as_it_came_and_then_to_its_end(
         run_search(
             config, storage=tmp_path, open_evaluator=opener(fails=stops_after(4 + ended + 1))
         )
-    assert [path.name for path in plot_study(tmp_path, "formula", print)] == CHARTS
+    ran = run("plot", "formula", "--storage", tmp_path)
+    folder = study_directory(tmp_path, "formula")
+    files = "".join(f"{folder / name}\n" for name in CHARTS)
+    assert (ran.status, ran.out, ran.err) == (0, files, "")
+    assert all((folder / name).stat().st_size > 10_000 for name in CHARTS)
     status, course, all_axes = drawn(tmp_path)
     assert status["state"] == "interrupted"
     assert len(course.points) in (ended, ended + 1)
@@ -318,11 +325,12 @@ def test_a_study_without_a_score_gives_one_line_and_no_picture(
 
     with pytest.raises(RunError):
         run_search(study(), storage=tmp_path, open_evaluator=opener(fails=fails))
-    with pytest.raises(ConfigError) as error:
-        plot_study(tmp_path, "formula", print)
-    assert str(error.value) == (
-        "study formula has no scored trial yet; it stopped: no candidate of a whole generation "
-        "could be scored: NaN"
+    ran = run("plot", "formula", "--storage", tmp_path)
+    assert (ran.status, ran.out, ran.err) == (
+        2,
+        "",
+        "error: study formula has no scored trial yet; it stopped: no candidate of a whole "
+        "generation could be scored: NaN\n",
     )
     assert not [
         path for path in study_directory(tmp_path, "formula").iterdir() if path.suffix == ".png"
@@ -440,6 +448,17 @@ def test_without_matplotlib_a_study_ends_without_pictures_and_says_so(
     assert "no charts: charts need matplotlib: pip install 'evomerge[plots]'" in said
     report = results.report.read_text()
     assert (results.charts, "png" in report, "## Course" in report) == ((), False, False)
+
+
+def test_matplotlib_is_loaded_where_something_is_drawn_and_not_before() -> None:
+    script = (
+        "import sys\n"
+        "import evomerge.commands.plot, evomerge.commands.search, evomerge.report.plots\n"
+        "import evomerge.report.results\n"
+        "print('matplotlib' in sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def course_of(*points: Point, **more: Any) -> Trajectory:

@@ -36,6 +36,7 @@ def test_every_command_refuses_the_database_of_a_newer_version(
         ("status", "formula"),
         ("status", "formula", "--importance"),
         ("export", "formula"),
+        ("plot", "formula"),
         ("compare", "formula", "other"),
         ("resume", "formula"),
         ("search", study_file()),
