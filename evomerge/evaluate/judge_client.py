@@ -31,6 +31,8 @@ _START_PATIENCE = 10.0
 _LOOK_SECONDS = 0.5
 _TEMPORARY = frozenset({408, 409, 425, 429})
 # What one request can be to blame for: too long, against the server's rules.
+# No tokens are so long on the average: a longer text is no reply, and is not kept whole.
+_CHARACTERS_A_TOKEN = 100
 _OF_THE_REQUEST = frozenset({400, 413, 422})
 _NO_SUCH_ROUTE = frozenset({404, 405, 501})
 
@@ -235,16 +237,17 @@ class JudgeClient:
     def _reply(self, completion: Any, seconds: float) -> Reply:
         try:
             choice = completion.choices[0]
-            text = choice.message.content or getattr(choice.message, "refusal", None) or ""
+            text = str(choice.message.content or getattr(choice.message, "refusal", None) or "")
             finish_reason = str(choice.finish_reason)
             usage = completion.usage
             prompt_tokens = int(usage.prompt_tokens) if usage else 0
             completion_tokens = int(usage.completion_tokens) if usage else 0
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise _TemporaryError("what it sent is no chat completion") from error
+        most = _CHARACTERS_A_TOKEN * self._server.reply_tokens
         return Reply(
-            text=str(text),
-            finish_reason=finish_reason,
+            text=text[:most],
+            finish_reason=finish_reason if len(text) <= most else "length",
             seconds=seconds,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,

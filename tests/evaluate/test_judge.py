@@ -211,6 +211,14 @@ def test_a_reply_that_was_cut_has_no_grade(opened: Open, server: ScriptedJudge) 
     assert len(server.prompts) == 3
 
 
+def test_a_reply_without_end_has_no_grade_and_is_not_kept_whole(
+    opened: Open, server: ScriptedJudge, tmp_path: Path
+) -> None:
+    server.reply = lambda prompt: "4" if "whole number" in prompt else "{" * 3_000_000 + " GRADE: 4"
+    assert grades(opened(), requests(1)) == [4]
+    assert [len(row["reply"]) for row in kept(tmp_path)] == [102_400, 1]
+
+
 def test_one_answer_or_two_percent_may_stay_without_a_grade(
     opened: Open, server: ScriptedJudge
 ) -> None:
