@@ -406,10 +406,13 @@ class Judge:
         unscored = sum(one.grade is None for one in graded)
         allowed = max(1, int(_UNSCORED_SHARE * len(graded)))
         if unscored > allowed:
-            why = next(reversed([*faults, *refused]), _no_grade(opinions))
+            no_grade = f"the judge's replies hold no grade{_hint(opinions)}"
+            why = next(reversed([*faults, *refused]), no_grade)
             if not self._has_graded and len(opinions) > 1 and not refused:
                 last = " ".join(opinions[-1].reply.split())[:_SHOWN_OF_A_REPLY]
-                raise RunError(f"{_no_grade(opinions)}, not of one answer; the last is {last!r}")
+                raise RunError(
+                    f"{no_grade}, for none of {len(graded)} answers; the last is {last!r}"
+                )
             raise UngradedError(
                 f"{unscored} of {len(graded)} answers could not be graded, "
                 f"{allowed} at most may be left out: {why}",
@@ -502,10 +505,9 @@ async def _check(seat: Seat, say: Callable[[str], None]) -> None:
         await client.close()
 
 
-def _no_grade(opinions: Sequence[_Opinion]) -> str:
+def _hint(opinions: Sequence[_Opinion]) -> str:
     cut = sum(opinion.cut for opinion in opinions if opinion.grade is None)
-    hint = f" ({cut} were cut: reply_tokens is too low, of which thinking takes its part, too)"
-    return f"the judge's replies hold no grade{hint if cut else ''}"
+    return f" ({cut} were cut: raise reply_tokens, in which thinking counts, too)" if cut else ""
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -374,6 +374,21 @@ class Reproduction:
         write_whole(self.out / _STATE, json.dumps(state, indent=2) + "\n")
 
 
+def check_study(
+    config: StudyConfig, storage: Path, gguf: str | None, environment: Mapping[str, str]
+) -> None:
+    """Raises ConfigError for what can be found wrong before a study is searched and evaluated.
+
+    First what is cheap to look at: models may have to be fetched. `gguf` and `environment` are as
+    for `evaluate_study`.
+    """
+    if gguf is not None:
+        check_gguf_output(storage / f"{config.study}.gguf", gguf, overwrite=True)
+    study = resolve_study(config, storage, environment=environment)
+    if gguf is not None:
+        check_gguf_tokenizer(study.base)
+
+
 def evaluate_study(
     config: StudyConfig,
     storage: Path,

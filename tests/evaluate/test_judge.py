@@ -156,11 +156,11 @@ def test_a_judge_that_never_gives_a_grade_stops_the_run(
 ) -> None:
     server.reply = lambda prompt: "Hm.\nNo."
     judge = opened()
-    words = "the judge's replies hold no grade, not of one answer; the last is 'Hm. No.'"
+    words = "the judge's replies hold no grade, for none of 4 answers; the last is 'Hm. No.'"
     with pytest.raises(RunError, match=words):
         judge.grade_all(requests(4)).result(60)
     server.finish_reason = "length"
-    with pytest.raises(RunError, match=r"no grade \(4 were cut: reply_tokens is too low, "):
+    with pytest.raises(RunError, match=r"no grade \(4 were cut: raise reply_tokens, "):
         opened().grade_all(requests(4)).result(60)
     # Of one that did before it is the candidate's.
     server.reply, server.finish_reason = faults.grade_in_prompt, "stop"
