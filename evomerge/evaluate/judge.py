@@ -133,9 +133,15 @@ class Judge:
     name = "judge"
 
     def __init__(
-        self, config: JudgeConfig, rubric: Rubric, seats: Sequence[Seat], replies: Replies
+        self,
+        config: JudgeConfig,
+        rubric: Rubric,
+        seats: Sequence[Seat],
+        replies: Replies,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._config = config
+        self._say = say
         self._seats = seats  # in the order of config.servers
         self._replies = replies
         self._go_by(rubric)
@@ -423,7 +429,7 @@ class Judge:
         if seat not in self._clients:
             spent = self._replies.spent(seat.name)
             account = Account(spent.tokens, spent.cost)
-            self._clients[seat] = JudgeClient(seat.server, seat.key, account, seat.ended)
+            self._clients[seat] = JudgeClient(seat.server, seat.key, account, seat.ended, self._say)
         return self._clients[seat]
 
     async def _wind_up(self) -> None:
@@ -463,7 +469,7 @@ def open_judge(
             for server, key in zip(config.servers, keys, strict=True)
         ]
         _reach(seats, say)
-        judge = Judge(config, rubric, seats, Replies(open_database, payer))
+        judge = Judge(config, rubric, seats, Replies(open_database, payer), say)
         stack.callback(judge.close)
         yield judge
 

@@ -27,6 +27,8 @@ Found = TypeVar("Found")
 _LONGEST_BACK_OFF = 30.0
 # A start waits less for a judge than a run that has something to lose.
 _START_PATIENCE = 10.0
+# After how long somebody who waits is told what for.
+_SILENT_SECONDS = 10.0
 # How often a server of ours is looked at, which may end under a call.
 _LOOK_SECONDS = 0.5
 _TEMPORARY = frozenset({408, 409, 425, 429})
@@ -99,7 +101,8 @@ class JudgeClient:
     """Asks the judge `server`. Belongs to one event loop.
 
     `key`: None where it needs none. `account` is charged, and its limits end the run. `ended` says
-    how a server of ours ended (None: it did not), where it is one.
+    how a server of ours ended (None: it did not), where it is one. `say` is told once where calls
+    fail for long.
     """
 
     def __init__(
@@ -108,8 +111,11 @@ class JudgeClient:
         key: str | None,
         account: Account,
         ended: Callable[[], str | None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._server = server
+        self._say = say
+        self._has_told = False
         self._ended = ended
         self._key = key
         self._account = account
@@ -167,10 +173,21 @@ class JudgeClient:
 
     async def _patiently(self, call: Callable[[], Awaitable[Found]], patience: float) -> Found:
         """What `call` gives, tried again while it fails for a passing reason."""
+
+        def tell(state: RetryCallState) -> None:
+            if not self._has_told and (state.seconds_since_start or 0.0) > _SILENT_SECONDS:
+                self._has_told = True
+                error = state.outcome.exception() if state.outcome else None
+                self._say(
+                    f"judge: {self._server.base_url} fails ({error}); it is tried for "
+                    f"{patience:g} s (patience)"
+                )
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_TemporaryError),
             stop=stop_before_delay(patience),
             wait=_back_off,
+            before_sleep=tell,
             reraise=True,
         )
 

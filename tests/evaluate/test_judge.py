@@ -142,6 +142,19 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(
     assert len(server.requests) == 3
 
 
+def test_who_waits_for_a_judge_is_told_once_what_for(
+    server: ScriptedJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.evaluate.judge_client._SILENT_SECONDS", 0.0)
+    told: list[str] = []
+    with opening(server, tmp_path, say=told.append, patience=60.0) as judge:
+        server.faults = [faults.BROKEN] * 3
+        assert grades(judge, requests(4)) == [1, 2, 3, 4]
+    assert told[1:] == [
+        f"judge: {server.url} fails (500: out of order); it is tried for 60 s (patience)"
+    ]
+
+
 def test_a_server_that_wants_to_be_left_alone_for_too_long_stops_the_run_at_once(
     opened: Open, server: ScriptedJudge
 ) -> None:
