@@ -286,6 +286,7 @@ def test_answers_that_were_not_graded_are_kept_and_only_graded_next_time(
         judge.reply = fails
         ran = run("eval", *arguments, *OPTIONS)
         assert ran.status == (130 if ended_by == "Ctrl-C" else 1), ran.err
+        assert "the same command goes on" in ran.err
         kept = ledger(here / "evol_merge_storage")
         answered = {row.candidate for row in kept}
         assert "a" in answered

@@ -185,6 +185,23 @@ def test_a_study_is_searched_and_then_its_winner_evaluated_on_the_held_out_tasks
     assert "no radar chart" in ran.err
 
 
+def test_a_key_that_is_not_set_is_told_before_any_model_of_a_study_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    write(tmp_path / "tasks.jsonl", [{"input": f"say {n}", "output": str(n)} for n in range(4)])
+    study = STUDY | {
+        "suite": {"like": "jsonl-judge", "data": "tasks.jsonl"},
+        "judge": {"model": "m", "api_key_env": "JUDGE_KEY"},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    ran = run("reproduce", "study.yaml")
+    assert (ran.status, ran.out) == (2, "")
+    assert "study.yaml: judge: api_key_env: the variable JUDGE_KEY is not set" in ran.err
+    assert "base" not in ran.err
+
+
 def test_a_name_that_no_preset_has_is_told_with_those_there_are() -> None:
     ran = run("reproduce", "elyza-moe-2x13")
     assert ran.status == 2

@@ -162,21 +162,15 @@ def _reproduce_study(  # noqa: PLR0917
     trust_code: bool,
     show: bool,
 ) -> Reproduced:
-    from evomerge.merge.gguf import check_gguf_output
-    from evomerge.merge.inputs import InputModels
-    from evomerge.report.reproduction import check_gguf_tokenizer, evaluate_study, live_settings
+    from evomerge.report.reproduction import check_study, evaluate_study, live_settings
     from evomerge.search.study import read_study, with_options
 
     config = read_study(str(path), trust_code=trust_code)
     config = with_options(config, data=data, judge=judge, engine=engine)
     directory = storage_directory(storage, config)
     kind = None if gguf == "none" else gguf or "q8_0"
-    if kind is not None:
-        check_gguf_output(directory / f"{config.study}.gguf", kind, overwrite=True)
-    if kind is not None:
-        with stdout_for_results():
-            inputs = InputModels(directory, config.folder, config.engine.dtype, say=say)
-            check_gguf_tokenizer(inputs.resolve(config.base_model))
+    with stdout_for_results():
+        check_study(config, directory, kind, os.environ)
     run(config, directory, trials, seed=None, trust_code=trust_code, show=show)
     with engines_at_work():
         return evaluate_study(

@@ -19,7 +19,7 @@ import numpy as np
 from evomerge.database import Database, can_be_read, open_database
 from evomerge.engine.base import Engine
 from evomerge.engine.live_models import LiveModels, LiveSettings
-from evomerge.errors import CandidateError, ConfigError, EvomergeError
+from evomerge.errors import CandidateError, ConfigError, EvomergeError, RunError
 from evomerge.evaluate.evaluation import Grading, evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
@@ -159,12 +159,14 @@ class SideBySide:
         pending: dict[int, _Begun] = {}
         try:
             return self._measure(contestants, tasks, pending)
-        except BaseException:
+        except BaseException as error:
             for grader in self.graders.values():
                 grader.stop()
             for begun in pending.values():
                 with suppress(EvomergeError):
                     self._finish(begun)
+            if pending and isinstance(error, RunError):
+                self.say("what was answered and graded is kept: the same command goes on there")
             raise
 
     def _measure(
