@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -40,6 +41,7 @@ from evomerge.search.loop import run_search
 from evomerge.search.status import existing_log, status_of, trial_recipe
 from evomerge.search.study import StudyConfig, study_directory
 from tests.search.formula import broken_above, formula_grade, opener, weights_of
+from tests.search.test_course_versions import make_old
 from tests.test_cli import run
 
 Study = Callable[..., StudyConfig]
@@ -273,6 +275,23 @@ def test_a_second_suite_has_a_scale_of_its_own(study: Study, tmp_path: Path) -> 
     assert course.columns[0].apart
     assert ([0.0], [status["outcome"]["holdout"]["evolved"]]) in map(ends_of, held_out.lines)
     assert held_out.get_xticklabels()[0].get_text().replace("\n", " ") == "held out: another suite"
+
+
+def test_a_study_of_the_first_version_which_measured_nothing_afresh_is_drawn(
+    study: Study, tmp_path: Path
+) -> None:
+    run_search(study(), storage=tmp_path, open_evaluator=opener(), trials=6)
+    make_old(tmp_path)
+    with sqlite3.connect(tmp_path / "evomerge.db") as database:
+        without = "UPDATE events SET payload = json_remove(payload, '$.summary')"
+        changed = database.execute(f"{without} WHERE kind = 'finished'")
+        assert changed.rowcount == 1
+    ran = run("plot", "formula", "--storage", tmp_path)
+    assert (ran.status, ran.err) == (0, "")
+    status, course, _ = drawn(tmp_path)
+    assert [(one.title, one.score) for one in course.columns] == [
+        ("held out", status["outcome"]["holdout"]["evolved"])
+    ]
 
 
 def stops_after(units: int) -> Callable[[Recipe], Exception | None]:
