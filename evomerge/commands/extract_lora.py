@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from evomerge.commands.options import (
     input_models,
     possible_output,
 )
-from evomerge.commands.terminal import refuse_input, say
+from evomerge.commands.terminal import print_json, refuse_input, say
 
 if TYPE_CHECKING:
     from evomerge.merge.extract import Extraction
@@ -72,11 +71,10 @@ def extract(
     )
     for note in found.notes:
         say(f"note: {note}")
-    print(
-        json.dumps(_extraction_json(out, found), indent=2)
-        if as_json
-        else _extraction_text(out, found)
-    )
+    if as_json:
+        print_json(_extraction_json(out, found))
+    else:
+        print(_extraction_text(out, found))
 
 
 def _extraction_json(out: Path, found: Extraction) -> dict[str, Any]:

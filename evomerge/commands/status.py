@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,11 +37,14 @@ def status(
         return
     if name is None:
         studies = list_studies(directory)
-        print(json.dumps({"studies": studies}, indent=2) if as_json else studies_text(studies))
+        if as_json:
+            print_json({"studies": studies})
+        else:
+            print(studies_text(studies))
         return
     found = study_status(directory, name)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
         return
     print(status_text(found))
     if found["outcome"] is not None:
