@@ -179,7 +179,7 @@ class SideBySide:
             if kept and all(result.grade is not None for result in kept):
                 found[place] = Measured(one.name, tuple(kept), known=True)
                 self.say(_line(one.name, found[place]) + ", in the ledger already")
-            elif kept:
+            elif kept and self.suite.harness is None:  # which grades as it answers
                 self.say(f"{one.name}: its {len(kept)} answers are in the ledger, not all graded")
                 grading = Grading(self.suite, self.graders)
                 pending[place] = _Begun(one, grading.grade(kept), kept)
