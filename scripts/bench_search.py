@@ -142,8 +142,8 @@ def plain(landscape: Landscape, random: np.random.RandomState, job: Job) -> Arra
 
     It starts at weights of 0.5 with steps of 0.25, which suits it better than its own 1/6.
     """
-    from evomerge.search.evolution_samplers import CmaEs
-    from evomerge.search.samplers import Told
+    from evomerge.optimizer.evolution_samplers import CmaEs
+    from evomerge.optimizer.samplers import Told
 
     population = 4 + math.floor(3 * math.log(job.dimension))
     sampler = CmaEs(
@@ -238,7 +238,7 @@ def curse(pool: Pool, runs: int) -> None:
 
 def replay(path: Path, runs: int) -> None:
     """Prints what a race among 32 real sibling models loses, and what share of grades it needs."""
-    from evomerge.search.selection import race
+    from evomerge.optimizer.selection import race
 
     table = _siblings(path)
     regrets, spent = [], []

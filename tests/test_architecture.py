@@ -31,17 +31,19 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {
         *("errors", "strict_yaml", "wording", "resources", "database", "schema", "engine.base"),
     },
+    # Knows no model, no engine and no database.
+    "optimizer": {"errors", "space", "evaluate.ledger", "evaluate.task"},
     "search": {
         *("errors", "strict_yaml", "resources", "database", "schema", "recipe", "space"),
-        *("merge", "engine", "evaluate"),
+        *("merge", "engine", "evaluate", "optimizer"),
     },
     "report": {
         *("errors", "strict_yaml", "recipe", "moe_config", "space", "merge", "engine"),
-        *("evaluate", "search"),
+        *("evaluate", "optimizer", "search"),
     },
     "commands": {
-        *("errors", "resources", "recipe", "moe_config", "merge", "engine", "evaluate", "search"),
-        "report",
+        *("errors", "resources", "recipe", "moe_config", "merge", "engine", "evaluate"),
+        *("optimizer", "search", "report"),
     },
     "cli": {"errors", "commands"},
     "__main__": {"cli"},
@@ -49,8 +51,8 @@ ROOMS: dict[str, set[str]] = {
 
 # Each big library, and the files that may know it.
 LIBRARIES: dict[str, set[str]] = {
-    "cma": {"search/evolution_samplers.py"},
-    "cmaes": {"search/evolution_samplers.py"},
+    "cma": {"optimizer/evolution_samplers.py"},
+    "cmaes": {"optimizer/evolution_samplers.py"},
     "gguf": {"merge/gguf.py", "merge/inputs.py"},
     "lm_eval": {"evaluate/harness.py"},
     "matplotlib": {
@@ -61,7 +63,7 @@ LIBRARIES: dict[str, set[str]] = {
     "jinja2": {"evaluate/prompts.py", "merge/chat_template.py"},
     "openai": {"evaluate/judge_client.py"},
     "openpyxl": {"evaluate/tables.py"},
-    "optuna": {"search/mirror.py", "search/optuna_samplers.py"},
+    "optuna": {"search/mirror.py", "optimizer/optuna_samplers.py"},
     "pandas": {"report/answers.py"},
     "peft": set(),
     "pyarrow": {"evaluate/tables.py"},
@@ -72,7 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "sacrebleu": {"evaluate/scorers.py"},
     "safetensors": {"merge/checkpoint.py"},
-    "scipy": {"search/optuna_samplers.py"},
+    "scipy": {"optimizer/optuna_samplers.py"},
     "sklearn": {"evaluate/router.py"},
     "sqlalchemy": {
         *("database.py", "schema.py", "evaluate/ledger.py", "evaluate/ledger_query.py"),

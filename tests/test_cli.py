@@ -23,9 +23,9 @@ from evomerge.cli import main
 from evomerge.commands.options import parse_size
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
+from evomerge.optimizer.events import opened, stopped
 from evomerge.recipe import read_recipe
 from evomerge.report.status import status_text
-from evomerge.search.events import opened, stopped
 from evomerge.search.log import EventLog
 from tests import tiny
 

@@ -168,7 +168,7 @@ def _suite(
 ) -> tuple[Suite, list[Task]]:
     """A suite, and its tasks or as many of them as `limit`, of all categories alike."""
     from evomerge.evaluate.suite import load_suite
-    from evomerge.search.tasks import draw_tasks
+    from evomerge.optimizer.tasks import draw_tasks
 
     suite = load_suite(
         reference,

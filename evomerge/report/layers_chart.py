@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evomerge.optimizer.history import History
 from evomerge.report.charts import COLOURS, MARKERS, STYLES, broken
 from evomerge.report.table import short_names
 from evomerge.search.candidates import UNIFORM, genome_of, space_from_mapping
-from evomerge.search.history import History
 from evomerge.space import numbers
 
 if TYPE_CHECKING:

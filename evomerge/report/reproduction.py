@@ -35,6 +35,7 @@ from evomerge.merge.gguf_vocabulary import read_vocabulary
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.streaming import Progress
 from evomerge.moe_config import REPRODUCE, MoEConfig, mixture_text, parse_moe_config
+from evomerge.optimizer.tasks import draw_tasks
 from evomerge.report.charts import check_charts
 from evomerge.report.moe import build_moe
 from evomerge.report.radar import draw_radar
@@ -48,7 +49,6 @@ from evomerge.search.resolve import engine_name, resolve_study
 from evomerge.search.side_by_side import Contestant, Measured, evaluation_json, measure_models
 from evomerge.search.storage import write_whole
 from evomerge.search.study import EngineSettings, StudyConfig, check_study_name
-from evomerge.search.tasks import draw_tasks
 from evomerge.strict_yaml import read_yaml
 
 Say = Callable[[str], None]

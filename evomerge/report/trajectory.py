@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from evomerge.errors import ConfigError
+from evomerge.optimizer.adjusted import adjusted_candidates
+from evomerge.optimizer.history import History, trial_label
+from evomerge.optimizer.selection import paired_interval, within
 from evomerge.report.status import which
 from evomerge.report.table import candidate_words, held_out_words, short_names
-from evomerge.search.adjusted import adjusted_candidates
 from evomerge.search.candidates import BASE, UNIFORM, model_label
-from evomerge.search.history import History, trial_label
-from evomerge.search.selection import paired_interval, within
 
 # whole: on all search tasks; part: on those of its generation; stopped: before the end of these.
 Kind: TypeAlias = Literal["whole", "part", "stopped", "failed"]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.optimizer.history import History, trial_label
 from evomerge.recipe import Recipe, recipe_from_mapping
-from evomerge.search.history import History, trial_label
 from evomerge.space import GenomeConfig, SearchSpace, SpaceConfig
 
 BASE = "base"

@@ -17,9 +17,9 @@ from evomerge.errors import ConfigError
 from evomerge.evaluate.ledger import Answered
 from evomerge.evaluate.suite import Suite, SuiteConfig, load_suite
 from evomerge.merge.inputs import InputModels
+from evomerge.optimizer.selection import paired_interval
 from evomerge.search.held_out import HeldOutSuite
 from evomerge.search.log import EventLog, begun_with
-from evomerge.search.selection import paired_interval
 from evomerge.search.status import Best, best_so_far, existing_log
 
 # The sections of a study that decide how answers come about and are graded.

@@ -26,9 +26,9 @@ from evomerge.evaluate.ledger import (
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.replies import JudgeUsage, usage_of
 from evomerge.evaluate.task import TaskResult
+from evomerge.optimizer.events import Event
+from evomerge.optimizer.history import History, Measurement, Part, Payload, trial_label
 from evomerge.schema import events, studies
-from evomerge.search.events import Event
-from evomerge.search.history import History, Measurement, Part, Payload, trial_label
 
 __all__ = ["Event", "EventLog", "History", "Measurement", "Part", "Payload", "trial_label"]
 

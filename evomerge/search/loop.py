@@ -14,15 +14,16 @@ from typing import Any
 
 from evomerge.database import Database, has_database, open_database
 from evomerge.errors import ConfigError, RunError
+from evomerge.optimizer import events
+from evomerge.optimizer.course import Course, fits
+from evomerge.optimizer.history import History
+from evomerge.optimizer.names import COURSE
+from evomerge.optimizer.plan import Budget, Plan, check_budget
+from evomerge.optimizer.summary import summary_of
 from evomerge.recipe import Recipe
-from evomerge.search import events
 from evomerge.search.bench import Bench, OpenEvaluator
 from evomerge.search.candidates import candidate_of, space_to_mapping
-from evomerge.search.course import Course, fits
-from evomerge.search.history import History
 from evomerge.search.log import EventLog
-from evomerge.search.names import COURSE
-from evomerge.search.plan import Budget, Plan, check_budget
 from evomerge.search.resolve import ResolvedStudy, resolve_study, what_changed
 from evomerge.search.runner import Runner
 from evomerge.search.status import BEST_FILE, Best, best_so_far, describe, status_of, winner_of
@@ -38,7 +39,6 @@ from evomerge.search.storage import (
 from evomerge.search.story import Report, Said, Started
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.search.study_plan import plan_of
-from evomerge.search.summary import summary_of
 from evomerge.search.warm_start import warm_starts
 
 __all__ = ["OpenEvaluator", "Outcome", "run_search"]

@@ -15,19 +15,19 @@ from evomerge.database import open_database
 from evomerge.errors import CandidateError, ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.task import TaskResult
-from evomerge.search import defaults, events
+from evomerge.optimizer import defaults, events
+from evomerge.optimizer.course import Course, GiveUp, Measure, Unit, Write
+from evomerge.optimizer.events import Event
+from evomerge.optimizer.history import History, Measurement
+from evomerge.optimizer.names import COURSE, SamplerName, resolved_sampler
+from evomerge.optimizer.plan import Budget, Plan, check_budget, with_tasks_for
+from evomerge.optimizer.samplers import Scaling
+from evomerge.optimizer.summary import fresh_score
 from evomerge.search.candidates import genome_of
-from evomerge.search.course import Course, GiveUp, Measure, Unit, Write
-from evomerge.search.events import Event
-from evomerge.search.history import History, Measurement
 from evomerge.search.log import EventLog, Log, MemoryLog, begun_with
-from evomerge.search.names import COURSE, SamplerName, resolved_sampler
-from evomerge.search.plan import Budget, Plan, check_budget, with_tasks_for
 from evomerge.search.resolve import what_changed
-from evomerge.search.samplers import Scaling
 from evomerge.search.storage import held
 from evomerge.search.study import study_directory
-from evomerge.search.summary import fresh_score
 from evomerge.space import Genome
 
 Bounds: TypeAlias = tuple[float, float] | tuple[Sequence[float], Sequence[float]]

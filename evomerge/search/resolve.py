@@ -18,10 +18,10 @@ from evomerge.merge.architecture import layer_count
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.inputs import InputModels
 from evomerge.merge.plan import make_plan
-from evomerge.search import defaults
+from evomerge.optimizer import defaults
+from evomerge.optimizer.history import Part
+from evomerge.optimizer.names import COURSE, SamplerName, resolved_sampler
 from evomerge.search.held_out import HeldOutSuite
-from evomerge.search.history import Part
-from evomerge.search.names import COURSE, SamplerName, resolved_sampler
 from evomerge.search.study import StudyConfig, study_directory
 from evomerge.space import SearchSpace, SpaceConfig
 

@@ -19,9 +19,12 @@ from evomerge.evaluate.task import (
     AnsweredRunError,
     TaskResult,
 )
+from evomerge.optimizer import events
+from evomerge.optimizer.adjusted import adjusted_trials
+from evomerge.optimizer.course import Course, GiveUp, Measure, Unit, Write
+from evomerge.optimizer.events import Event
+from evomerge.optimizer.history import Grades, History, Measurement, Part, told_numbers, trial_label
 from evomerge.recipe import Recipe
-from evomerge.search import events
-from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.bench import Bench, EngineKilledError
 from evomerge.search.candidates import (
     candidate_of,
@@ -29,9 +32,6 @@ from evomerge.search.candidates import (
     recipe_digest,
     trial_number,
 )
-from evomerge.search.course import Course, GiveUp, Measure, Unit, Write
-from evomerge.search.events import Event
-from evomerge.search.history import Grades, History, Measurement, Part, told_numbers, trial_label
 from evomerge.search.log import EventLog
 from evomerge.search.mirror import Mirror, MirroredSpace, MirroredTrial
 from evomerge.search.resolve import ResolvedStudy

@@ -29,7 +29,7 @@ from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
 from evomerge.evaluate.task import AnsweredError, Grader, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.search.selection import paired_interval, within
+from evomerge.optimizer.selection import paired_interval, within
 
 Interval = tuple[float, float]
 

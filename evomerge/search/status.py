@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from evomerge.errors import ConfigError
+from evomerge.optimizer.adjusted import adjusted_trials
+from evomerge.optimizer.history import History, Part, trial_label
 from evomerge.recipe import Recipe
-from evomerge.search.adjusted import adjusted_trials
 from evomerge.search.candidates import (
     BASE,
     UNIFORM,
@@ -19,7 +20,6 @@ from evomerge.search.candidates import (
     space_from_mapping,
     trial_number,
 )
-from evomerge.search.history import History, Part, trial_label
 from evomerge.search.log import EventLog, begun_with
 from evomerge.search.storage import is_held, open_log, stored_names
 from evomerge.search.study import (

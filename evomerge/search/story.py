@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from evomerge.search.history import Part
+from evomerge.optimizer.history import Part
 
 _PARTS: Mapping[Part, str] = {
     "search": "",

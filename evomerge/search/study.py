@@ -30,9 +30,9 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluate.judge_config import JudgeConfig, JudgeServer, Panel, Prices
 from evomerge.evaluate.suite import SuiteConfig
 from evomerge.evaluate.suite_config import suite_complaints, suite_from_mapping
+from evomerge.optimizer import defaults
+from evomerge.optimizer.names import SamplerName
 from evomerge.resources import locate
-from evomerge.search import defaults
-from evomerge.search.names import SamplerName
 from evomerge.space import SPACE_KEYS, Bounds, GenomeConfig, SpaceConfig, StackConfig
 from evomerge.strict_yaml import load_yaml, read_yaml
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from evomerge.optimizer.defaults import sweep_scales, sweep_tasks
+from evomerge.optimizer.plan import Budget, Plan, with_tasks_for
+from evomerge.optimizer.samplers import Scaling
 from evomerge.search.candidates import BASE, UNIFORM, model_label, uniform_label
-from evomerge.search.defaults import sweep_scales, sweep_tasks
-from evomerge.search.plan import Budget, Plan, with_tasks_for
 from evomerge.search.resolve import ResolvedStudy
-from evomerge.search.samplers import Scaling
 from evomerge.space import Genome, SearchSpace
 
 

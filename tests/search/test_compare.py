@@ -13,12 +13,12 @@ import sqlalchemy as sql
 
 from evomerge.database import open_database
 from evomerge.errors import ConfigError
+from evomerge.optimizer.selection import paired_interval
 from evomerge.recipe import Recipe
 from evomerge.report.comparison import comparison_lines
 from evomerge.schema import answers
 from evomerge.search.compare import compare_studies
 from evomerge.search.loop import run_search
-from evomerge.search.selection import paired_interval
 from evomerge.search.status import trial_recipe
 from evomerge.search.study import read_study
 from tests.search.formula import formula_grade, opener

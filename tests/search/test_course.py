@@ -18,12 +18,12 @@ import pytest
 
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError, RunError
 from evomerge.evaluate.task import TaskResult
+from evomerge.optimizer.selection import repetition_interval
 from evomerge.recipe import Recipe
 from evomerge.report.results import write_results
 from evomerge.search.evaluator import TimeSplit
 from evomerge.search.loop import Outcome, run_search
 from evomerge.search.resolve import ResolvedStudy
-from evomerge.search.selection import repetition_interval
 from evomerge.search.status import study_status
 from evomerge.search.storage import open_log
 from evomerge.search.story import Measured, Said, Story

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 
 from evomerge.errors import ConfigError
+from evomerge.optimizer.names import SamplerName
 from evomerge.search.loop import run_search
-from evomerge.search.names import SamplerName
 from evomerge.search.study import StudyConfig
 from tests.search.formula import opener
 

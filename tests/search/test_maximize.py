@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from evomerge.errors import CandidateError, ConfigError, RunError
+from evomerge.optimizer.history import History
+from evomerge.optimizer.names import SamplerName
 from evomerge.search import maximize
-from evomerge.search.history import History
 from evomerge.search.maximizing import Grade, Maximum
-from evomerge.search.names import SamplerName
 from evomerge.space import Genome
 
 DIMENSION, TASKS, BUDGET = 5, 40, 2600

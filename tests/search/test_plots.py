@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from evomerge.errors import CandidateError, RunError
+from evomerge.optimizer.history import History
 from evomerge.recipe import Recipe
 from evomerge.report import charts
 from evomerge.report.charts import write_charts
@@ -35,7 +36,6 @@ from evomerge.report.trajectory import (
     trajectory_of,
 )
 from evomerge.search.candidates import space_from_mapping
-from evomerge.search.history import History
 from evomerge.search.log import begun_with
 from evomerge.search.loop import run_search
 from evomerge.search.status import existing_log, status_of, trial_recipe

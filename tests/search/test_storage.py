@@ -21,8 +21,8 @@ from evomerge.database import check_writable, open_database, open_for_reading
 from evomerge.errors import ConfigError, RunError
 from evomerge.evaluate.ledger import UnitKey, mean_grade
 from evomerge.evaluate.task import ScorerGrade, TaskResult, Usage
+from evomerge.optimizer import events as event
 from evomerge.schema import answers, events, grades
-from evomerge.search import events as event
 from evomerge.search.log import EventLog, Measurement
 from evomerge.search.loop import run_search
 from evomerge.search.status import list_studies, study_status, trial_recipe

@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.errors import ConfigError
 from evomerge.evaluate.suite import SuiteConfig
-from evomerge.search.defaults import SIGMA0
+from evomerge.optimizer.defaults import SIGMA0
 from evomerge.search.resolve import resolve_study, what_changed
 from evomerge.search.study import EngineOptions, StudyConfig, read_study, study_from_mapping
 

@@ -12,11 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from evomerge.search import events
-from evomerge.search.events import Event
-from evomerge.search.history import History, Part, trial_label
-from evomerge.search.plan import Budget, Plan
-from evomerge.search.pool import (
+from evomerge.optimizer import events
+from evomerge.optimizer.events import Event
+from evomerge.optimizer.history import History, Part, trial_label
+from evomerge.optimizer.plan import Budget, Plan
+from evomerge.optimizer.pool import (
     Race,
     best_trials,
     by_score,
@@ -24,11 +24,11 @@ from evomerge.search.pool import (
     pool_event,
     uniforms,
 )
-from evomerge.search.sampler_by_name import make_sampler
-from evomerge.search.samplers import Sampler, Told
-from evomerge.search.stopping import earliest_stop, futility
-from evomerge.search.tasks import draw_tasks
-from evomerge.search.telling import values_to_tell
+from evomerge.optimizer.sampler_by_name import make_sampler
+from evomerge.optimizer.samplers import Sampler, Told
+from evomerge.optimizer.stopping import earliest_stop, futility
+from evomerge.optimizer.tasks import draw_tasks
+from evomerge.optimizer.telling import values_to_tell
 from evomerge.space import Genome
 
 # Which draw of tasks it is: generations count from 0.

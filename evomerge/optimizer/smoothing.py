@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.search.gaussian import Array, posterior
+from evomerge.optimizer.gaussian import Array, posterior
 
 # Twice as likely as not is within what a few dozen noisy scores do by chance.
 PAYS_FROM = 1.0

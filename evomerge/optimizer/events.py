@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evomerge.evaluate.ledger import UnitKey
 from evomerge.evaluate.task import TaskResult
-from evomerge.search.history import Measurement, Part, Payload
+from evomerge.optimizer.history import Measurement, Part, Payload
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.search.adjusted import adjusted_trials
-from evomerge.search.history import History, trial_label
-from evomerge.search.plan import Plan
-from evomerge.search.pool import best_trials, fresh_grades, uniforms
-from evomerge.search.selection import (
+from evomerge.optimizer.adjusted import adjusted_trials
+from evomerge.optimizer.history import History, trial_label
+from evomerge.optimizer.plan import Plan
+from evomerge.optimizer.pool import best_trials, fresh_grades, uniforms
+from evomerge.optimizer.selection import (
     Grades,
     optimism,
     paired_interval,

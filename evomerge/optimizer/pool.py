@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.search import events
-from evomerge.search.adjusted import adjusted_scores, adjusted_trials
-from evomerge.search.events import Event
-from evomerge.search.history import History, Payload, trial_label
-from evomerge.search.plan import Plan
-from evomerge.search.selection import Choice, Grades, choose, gp_argmax, paired_test
-from evomerge.search.telling import block_of
+from evomerge.optimizer import events
+from evomerge.optimizer.adjusted import adjusted_scores, adjusted_trials
+from evomerge.optimizer.events import Event
+from evomerge.optimizer.history import History, Payload, trial_label
+from evomerge.optimizer.plan import Plan
+from evomerge.optimizer.selection import Choice, Grades, choose, gp_argmax, paired_test
+from evomerge.optimizer.telling import block_of
 from evomerge.space import Genome
 
 # The mean lags behind where the search moves, its average of more generations even more.

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from evomerge.search.smoothing import Block, adjusted_scores, smoothed
+from evomerge.optimizer.smoothing import Block, adjusted_scores, smoothed
 
 Array = npt.NDArray[np.float64]
 

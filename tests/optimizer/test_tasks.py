@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from evomerge.search.tasks import draw_tasks
+from evomerge.optimizer.tasks import draw_tasks
 
 CATEGORIES = {f"t{n}": "abcdd"[n % 5] for n in range(40)}  # 8 of a, b, c, and 16 of d
 

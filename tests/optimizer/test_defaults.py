@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from evomerge.search import defaults
+from evomerge.optimizer import defaults
 
 
 def test_a_population_is_twice_the_textbook_size_and_leaves_no_engine_idle() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from evomerge.errors import ConfigError
-from evomerge.search import defaults
-from evomerge.search.names import SamplerName
-from evomerge.search.samplers import Scaling
+from evomerge.optimizer import defaults
+from evomerge.optimizer.names import SamplerName
+from evomerge.optimizer.samplers import Scaling
 from evomerge.space import Genome
 
 # What smoothing and a mean to return need: a distribution that candidates are drawn from.

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from evomerge.errors import ConfigError
-from evomerge.search.samplers import Scaling, Told, hashed_seed
+from evomerge.optimizer.samplers import Scaling, Told, hashed_seed
 from evomerge.space import Genome
 
 

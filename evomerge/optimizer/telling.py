@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from evomerge.search.defaults import SMOOTHING_WINDOW
-from evomerge.search.history import History, trial_label
-from evomerge.search.plan import Plan
-from evomerge.search.smoothing import Block, adjusted_scores, smoothed
+from evomerge.optimizer.defaults import SMOOTHING_WINDOW
+from evomerge.optimizer.history import History, trial_label
+from evomerge.optimizer.plan import Plan
+from evomerge.optimizer.smoothing import Block, adjusted_scores, smoothed
 
 
 def values_to_tell(plan: Plan, history: History, block: int) -> list[tuple[int, float]] | None:

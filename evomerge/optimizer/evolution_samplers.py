@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from cmaes import XNES
 
-from evomerge.search.samplers import Scaling, Told, hashed_seed, seed_digest
+from evomerge.optimizer.samplers import Scaling, Told, hashed_seed, seed_digest
 from evomerge.space import Genome
 
 with warnings.catch_warnings():

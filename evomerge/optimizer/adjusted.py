@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.search.history import Grades, History, trial_label
+from evomerge.optimizer.history import Grades, History, trial_label
 
 Array = npt.NDArray[np.float64]
 

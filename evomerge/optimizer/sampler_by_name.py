@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from evomerge.search.evolution_samplers import CmaEs, Xnes
-from evomerge.search.names import SamplerName
-from evomerge.search.samplers import Sampler, Scaling
+from evomerge.optimizer.evolution_samplers import CmaEs, Xnes
+from evomerge.optimizer.names import SamplerName
+from evomerge.optimizer.samplers import Sampler, Scaling
 from evomerge.space import Genome
 
 
@@ -34,7 +34,7 @@ def make_sampler(
             start=start, sigma0=sigma0, population=population, seed=seed, scaling=scaling
         )
     # Only here: Optuna is slow to import, and its mirror is the only other reader of it.
-    from evomerge.search.optuna_samplers import OptunaSampler, QuasiRandom
+    from evomerge.optimizer.optuna_samplers import OptunaSampler, QuasiRandom
 
     if name == "quasi-random":
         return QuasiRandom(seed=seed, scaling=scaling, low=low, high=high)

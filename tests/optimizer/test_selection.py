@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from evomerge.search.selection import (
+from evomerge.optimizer.selection import (
     _t_quantile,
     choose,
     gp_argmax,
@@ -16,7 +16,7 @@ from evomerge.search.selection import (
     repetition_interval,
     still_racing,
 )
-from evomerge.search.smoothing import Block
+from evomerge.optimizer.smoothing import Block
 
 Array = npt.NDArray[np.float64]
 

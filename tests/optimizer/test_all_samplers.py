@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from evomerge.errors import ConfigError
-from evomerge.search.names import SamplerName
-from evomerge.search.sampler_by_name import make_sampler
-from evomerge.search.samplers import Sampler, Scaling, Told
+from evomerge.optimizer.names import SamplerName
+from evomerge.optimizer.sampler_by_name import make_sampler
+from evomerge.optimizer.samplers import Sampler, Scaling, Told
 from evomerge.space import Genome
 
 POPULATION = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.search.evolution_samplers import CmaEs
-from evomerge.search.samplers import Scaling, Told
+from evomerge.optimizer.evolution_samplers import CmaEs
+from evomerge.optimizer.samplers import Scaling, Told
 from evomerge.space import Genome
 
 POPULATION = 8

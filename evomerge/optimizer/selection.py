@@ -19,8 +19,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.search.gaussian import Array, Posterior, one_thread, posterior
-from evomerge.search.smoothing import PAYS_FROM, Block, scores_of
+from evomerge.optimizer.gaussian import Array, Posterior, one_thread, posterior
+from evomerge.optimizer.smoothing import PAYS_FROM, Block, scores_of
 
 # (a, t), NaN where an answer could not be graded; the tasks stand in the same order everywhere.
 Grades: TypeAlias = npt.NDArray[np.float64]

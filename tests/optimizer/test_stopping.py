@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evomerge.search.stopping import earliest_stop, futility
+from evomerge.optimizer.stopping import earliest_stop, futility
 
 
 def grades(random: np.random.RandomState, level: float, tasks: int) -> dict[int, float]:
