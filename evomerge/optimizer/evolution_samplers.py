@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -131,9 +132,21 @@ class Xnes:
         return self._scaling.genome(self._draw(number)[: self._dimension])
 
     def tell(self, block: Sequence[Told]) -> None:
-        """Learns from a whole generation, in the order of its numbers."""
+        """Learns from a whole generation, in the order of its numbers.
+
+        Nothing, where the distribution has become so narrow or so wide that floats end: after some
+        hundred generations, the sooner the fewer genes there are.
+        """
         # Minus: cmaes minimises.
-        self._strategy.tell([(self._drawn(told), -told.value) for told in block])
+        told = [(self._drawn(each), -each.value) for each in block]
+        assert len(told) == self._strategy.population_size
+        before = copy.deepcopy(self._strategy)
+        try:
+            with np.errstate(over="raise", divide="raise", invalid="raise"):
+                self._strategy.tell(told)
+        # It asserts that places are below 1e32 and inverts its matrix.
+        except (AssertionError, ArithmeticError, np.linalg.LinAlgError):
+            self._strategy = before
 
     def _draw(self, number: int) -> Genome:
         self._strategy.reseed_rng(hashed_seed(self._seed, number))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -156,3 +156,33 @@ def test_a_missing_scipy_is_an_error_with_the_line_that_installs_it(
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ConfigError, match=r"scipy.*pip install 'evomerge\[samplers\]'"):
         make(name)
+
+
+@pytest.mark.parametrize("score", [lambda gene: -((gene - 1.3) ** 2), lambda gene: 1.0])
+def test_xnes_goes_on_where_floats_end(score: Callable[[float], float]) -> None:
+    def make_one() -> Sampler:
+        return make_sampler(
+            "xnes",
+            start=np.array([0.5]),
+            sigma0=0.25,
+            population=POPULATION,
+            seed=4,
+            scaling=None,
+            low=np.array([-0.5]),
+            high=np.array([2.0]),
+        )
+
+    first, told = make_one(), []
+    for number in range(0, 320 * POPULATION, POPULATION):
+        genomes = {
+            each: first.propose(each).tolist() for each in range(number, number + POPULATION)
+        }
+        scores = {at: score(min(2.0, max(-0.5, genes[0]))) for at, genes in genomes.items()}
+        told.append([Told(at, genomes[at], scores[at]) for at in genomes])
+        first.tell(told[-1])
+    again = make_one()
+    for block in told:
+        again.tell(block)
+    proposed = first.propose(5000)
+    assert np.isfinite(proposed).all()
+    assert again.propose(5000).tolist() == proposed.tolist()
