@@ -26,6 +26,8 @@ _PIECE = 1 << 15
 _COUNTED_PIECE = 1 << 18
 _DIGIT = 16
 
+_NO_ORDER = "its inputs have NaN or infinite numbers"
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -83,15 +85,22 @@ class Histogram:
 
 
 def leading_digits(values: Values, count: int) -> Histogram:
-    """The histogram that `largest` starts from, whatever is asked of it: one pass."""
-    return _histogram(values, count, None, _bits(values(0, 0)) - _DIGIT)
+    """The histogram that `largest` starts from, whatever is asked of it: one pass.
+
+    Raises ValueError where there is a NaN with a minus sign.
+    """
+    found = _histogram(values, count, None, _bits(values(0, 0)) - _DIGIT)
+    if found.counts.sum() != count:
+        raise ValueError(_NO_ORDER)
+    return found
 
 
 def largest(values: Values, count: int, k: int, leading: Histogram) -> Cut:
     """The k largest of `count` non-negative numbers; for k < 1 none, for k >= count all.
 
     A radix selection over the numbers' bits, whose order is that of the numbers: one pass per 16
-    bits below the leading ones, and one as far as the last number held.
+    bits below the leading ones, and one as far as the last number held. Raises ValueError where the
+    k-th largest is NaN: by their bits these are larger than all numbers.
     """
     if k < 1:
         return NONE_HELD
@@ -104,6 +113,8 @@ def largest(values: Values, count: int, k: int, leading: Histogram) -> Cut:
         digit, place, equal = _histogram(values, count, prefix, shift).find(place)
         prefix = prefix << _DIGIT | digit
     threshold = _number(prefix, values(0, 0).dtype)
+    if math.isnan(threshold):
+        raise ValueError(_NO_ORDER)
     last = count if place == equal else _index_of(values, count, threshold, place)
     return Cut(threshold, last)
 

@@ -524,3 +524,20 @@ def test_sce_counts_its_elements_in_float32_as_mergekit_does() -> None:
     out = torch.empty(64)
     pieces.fill(out, 0, 64)
     assert int((out != base).sum()) == 32
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce", "arcee_fusion"])
+def test_inputs_that_are_not_finite_are_told(name: str, dtype: torch.dtype, broken: float) -> None:
+    base, tuned = torch.full((2, 8), broken, dtype=dtype)
+    shared = {"weight": (1.0, 1.0), "lambda_": 1.0, "normalize": True, "rescale": False}
+    numbers: dict[str, Any] = {
+        "ties": shared | {"density": (0.5, 0.5)},
+        "breadcrumbs": shared | {"density": (0.5, 0.5), "gamma": (0.1, 0.1)},
+        "sce": {"select_topk": 0.5},
+        "arcee_fusion": {},
+    }[name]
+    inputs = [tuned] if name == "arcee_fusion" else [tuned, tuned.clone()]
+    with pytest.raises(ValueError, match="its inputs have NaN or infinite numbers"):
+        METHODS[name](base, inputs, recall=recall_nothing, **numbers)
