@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -136,8 +137,7 @@ class VLLMEngine(PlanningEngine):
     def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]
         if logits_had_nan(output):
-            self._wrote_nan = True
-            raise CandidateError("its logits are NaN: activations overflow")
+            self._refuse_nan()
         versions = {span.version for span in answer.weight_versions or []}
         if versions - {self._version}:
             raise EngineDiedError(f"an answer came from {versions}, not from {self._version}")
@@ -149,6 +149,10 @@ class VLLMEngine(PlanningEngine):
             version=self._version,
         )
 
+    def _refuse_nan(self) -> NoReturn:
+        self._wrote_nan = True  # into the cache, too, which the next switch has cleared
+        raise CandidateError("its logits are NaN: activations overflow")
+
     def log_probabilities(
         self, prompts: Sequence[Prompt], *, add_special_tokens: bool
     ) -> list[list[float]]:
@@ -156,7 +160,9 @@ class VLLMEngine(PlanningEngine):
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = self._run(prompts, sampling, add_special_tokens=add_special_tokens)
-        return [
+        for output in outputs:
+            self._completion(output)  # whose weights wrote it, and whether they gave numbers
+        logs = [
             [
                 position[token].logprob
                 for token, position in zip(
@@ -166,6 +172,9 @@ class VLLMEngine(PlanningEngine):
             ]
             for output in outputs
         ]
+        if any(math.isnan(log) for some in logs for log in some):
+            self._refuse_nan()
+        return logs
 
     def _run(
         self, prompts: Sequence[Prompt], sampling: Any, *, add_special_tokens: bool

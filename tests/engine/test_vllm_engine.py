@@ -183,6 +183,20 @@ def test_nan_in_a_source_fails_the_candidate_and_not_the_engine(
     assert answers(engine) == before
 
 
+def test_what_broken_weights_wrote_while_they_were_scored_reaches_nobody_else(
+    engine_and_family: tuple[VLLMEngine, Family],
+) -> None:
+    engine, family = engine_and_family
+    engine.load(family.recipe(1))
+    before = answers(engine), log_probabilities(engine)
+    with pytest.raises(CandidateError):
+        engine.load(plain(family.base.with_name("broken")))
+    with pytest.raises(CandidateError, match="logits are NaN"):
+        log_probabilities(engine)
+    engine.load(family.recipe(1))
+    assert (answers(engine), log_probabilities(engine)) == before
+
+
 def test_answers_sampled_with_a_seed_survive_more_prompts_than_a_step_has_room_for(
     engine_and_family: tuple[VLLMEngine, Family],
 ) -> None:
