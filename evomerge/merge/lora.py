@@ -216,7 +216,7 @@ def _check_against_base(adapter: _Adapter, base: Checkpoint) -> None:
 def _adapted(
     base: Checkpoint, header: TensorHeader, adapter: _Adapter, dtype: DType | None
 ) -> PartTensor:
-    """A tensor of the base as the adapter changes it; what it leaves alone is not checked."""
+    """A tensor of the base as the adapter changes it; what stays as it is is not checked."""
     factors = adapter.factors.get(header.name)
     replaced = adapter.replacements.get(header.name)
     columns = max(1, header.shape[-1]) if header.shape else 1
@@ -235,7 +235,7 @@ def _adapted(
         dtype or header.dtype,
         part,
         step=columns * max(1, _PART // columns),
-        checked=factors is not None,
+        checked=factors is not None or replaced is not None or dtype not in (None, header.dtype),
     )
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.errors import ConfigError, OutputExistsError
+from evomerge.errors import CandidateError, ConfigError, OutputExistsError
 from evomerge.merge.dtypes import FLOAT32
 from evomerge.merge.lora import apply_adapter
 from tests import tiny
@@ -129,6 +129,15 @@ def test_modules_that_were_trained_whole_take_the_place_of_the_bases(
     )
     merged = tiny.read_tensors(apply_adapter(base, made, tmp_path / "out"))
     assert torch.equal(merged["lm_head.weight"], head.bfloat16())
+
+
+def test_a_whole_module_that_the_bases_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    half = tiny.llama(tmp_path / "half", layers=1)
+    tiny.rewrite(half, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    made = adapter(tmp_path / "adapter", {"lm_head.weight": torch.full((261, 128), 1e5)})
+    with pytest.raises(CandidateError, match=r"lm_head\.weight: has NaN or infinite numbers"):
+        apply_adapter(half, made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 PEFT_CASES: dict[str, dict[str, object]] = {
