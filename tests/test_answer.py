@@ -71,6 +71,29 @@ def test_every_task_gets_its_answer_in_the_order_and_with_the_ids_of_the_file(he
     assert run("answer", "model", "tasks.jsonl", "-o", "out.jsonl", *OPTIONS).status == 2
 
 
+def test_what_a_row_of_the_table_samples_is_drawn_with_the_seed(here: Path) -> None:
+    write(here / "table.jsonl", [{"input": "テスト", "temperature": 1.0}])
+    command = ("answer", "model", "tasks.jsonl", "--router", "table.jsonl", *OPTIONS)
+    for name, seed in (("one", "0"), ("again", "0"), ("other", "1")):
+        ran = run(*command, "-o", f"{name}.jsonl", "--seed", seed)
+        assert ran.status == 0, ran.err
+    one, again, other = (rows_of(here / f"{name}.jsonl") for name in ("one", "again", "other"))
+    assert one == again
+    assert one != other
+
+
+def test_greedy_answers_have_no_seed_to_go_on_with(tmp_path: Path) -> None:
+    write(tmp_path / "tasks.jsonl", TASKS)
+    tasks = read_open_tasks(tmp_path / "tasks.jsonl")
+    seeds = {
+        temperature: ask_all(
+            tasks, AnswerSettings(GenerationSettings(temperature=temperature, seed=7)), None
+        )[0].generation.seed
+        for temperature in (0.0, 0.5)
+    }
+    assert seeds == {0.0: None, 0.5: 7}
+
+
 def test_a_workbook_of_examples_gives_each_task_its_prompt_and_settings(here: Path) -> None:
     book = openpyxl.Workbook()
     for row in [

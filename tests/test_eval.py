@@ -17,7 +17,7 @@ from evomerge.engine.base import GenerationSettings
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.task import TaskResult
-from evomerge.search.side_by_side import own_interval
+from evomerge.search.side_by_side import Measured, difference, own_interval
 from tests import tiny
 from tests.evaluate.judge_server import Fault, ScriptedJudge, scripted
 from tests.test_cli import Ran, run
@@ -105,6 +105,23 @@ def test_the_interval_of_a_score_ends_where_the_grades_do() -> None:
     low, high = own_interval(results, (-math.inf, math.inf)) or (0.0, 0.0)
     assert high > 5
     assert own_interval(results, (1.0, 5.0)) == (low, 5.0)
+
+
+def test_the_interval_of_a_difference_ends_where_grades_can_differ_no_more() -> None:
+    def measured(name: str, grades: tuple[int, ...]) -> Measured:
+        results = [
+            TaskResult(str(place), "?", "!", "stop", grade, 0.0, "v0")
+            for place, grade in enumerate(grades)
+        ]
+        return Measured(name, tuple(results))
+
+    one, first = measured("one", (1, 1, 1, 1, 0)), measured("first", (0, 0, 0, 0, 0))
+    free = difference(one, first, (-math.inf, math.inf))
+    cut = difference(one, first, (0.0, 1.0))
+    assert free is not None
+    assert cut is not None
+    assert free.interval[1] > 1
+    assert cut.interval == (free.interval[0], 1.0)
 
 
 def test_what_the_ledger_has_is_not_answered_again_unless_asked(here: Path) -> None:

@@ -125,7 +125,7 @@ def answer(
                 top_p=top_p,
                 repetition_penalty=repetition_penalty,
                 stop=tuple(stop or ()),
-                seed=seed if temperature else None,
+                seed=seed,
             ),
             chat=Chat(chat, system),
             prompt=prompt,

@@ -195,7 +195,7 @@ def ask_all(
 def _plain(task: OpenTask, settings: AnswerSettings) -> AskedTask:
     known = {"input": task.input, "id": task.id}
     user = render_template(settings.prompt, known, "--prompt")
-    return AskedTask(task, user, settings.chat, settings.generation)
+    return AskedTask(task, user, settings.chat, _seeded(settings.generation))
 
 
 def _routed(task: OpenTask, settings: AnswerSettings, route: Route) -> AskedTask:
@@ -205,9 +205,14 @@ def _routed(task: OpenTask, settings: AnswerSettings, route: Route) -> AskedTask
         plain,
         user=plain.user if row.prompt is None else route.render(task.input, task.id),
         chat=settings.chat if row.system is None else replace(settings.chat, system=row.system),
-        generation=row.settings.over(settings.generation),
+        generation=_seeded(row.settings.over(settings.generation)),
         route=route,
     )
+
+
+def _seeded(settings: GenerationSettings) -> GenerationSettings:
+    """`settings` with their seed where answers are sampled; a greedy one has none."""
+    return settings if settings.temperature else replace(settings, seed=None)
 
 
 def _task(asked: AskedTask) -> Task:

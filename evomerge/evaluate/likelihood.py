@@ -51,7 +51,9 @@ class ChoiceScorer:
         if len(set(choices)) < len(choices) or not all(choices):
             return "two of the choices are the same, or one is empty"
         if task.reference.strip() not in choices:
-            return f"the reference {task.reference!r} is none of the choices"
+            by_place = task.reference.strip().isdecimal()
+            hint = "; where it is a place, from 0: choice_index: true" * by_place
+            return f"the reference {task.reference!r} is none of the choices{hint}"
         return None
 
     def continuations(self, task: Task) -> tuple[str, ...]:

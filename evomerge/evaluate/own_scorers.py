@@ -38,14 +38,15 @@ class FunctionScorer:
     def grade(self, task: Task, answer: str) -> float:
         """Raises RunError where the function fails: that is no matter of one candidate."""
         try:
-            grade = float(self.function(task, answer))
+            returned = self.function(task, answer)
+            grade = float(returned)
         except Exception as error:
             raise RunError(
                 f"scorer {self.name}: task {task.id}: {type(error).__name__}: {error}"
             ) from error
         if not (math.isfinite(grade) and self.low <= grade <= self.high):
             raise RunError(
-                f"scorer {self.name}: task {task.id}: {grade:g} is not in {self.low:g} to "
+                f"scorer {self.name}: task {task.id}: {returned!r} is not in {self.low:g} to "
                 f"{self.high:g}, the function's low and high"
             )
         return grade

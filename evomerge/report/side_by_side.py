@@ -82,9 +82,11 @@ def evaluation_notes(found: Mapping[str, Any]) -> list[str]:
         if row.get("judging"):
             notes.append(f"{row['model']}: {_judging(row['judging'])}")
         if row["cut"]:
-            notes.append(f"{row['model']}: {row['cut']} answers were cut at max_tokens.")
+            notes.append(
+                f"{row['model']}: {row['cut']} of {row['tasks']} answers were cut at max_tokens."
+            )
         notes += [
-            f"{row['model']}: {count} answers did not pass the gate {gate}."
+            f"{row['model']}: the gate {gate} closed for {count} of {row['tasks']} answers."
             for gate, count in sorted(row["gates"].items())
         ]
     return notes

@@ -339,13 +339,17 @@ def own_interval(results: Sequence[TaskResult], grade_range: Interval) -> Interv
     return within((low, high), grade_range)
 
 
-def difference(one: Measured, first: Measured) -> Difference | None:
-    """`one` less `first` on the tasks that both have a grade of; None for fewer than two."""
+def difference(one: Measured, first: Measured, grade_range: Interval) -> Difference | None:
+    """`one` less `first` on the tasks that both have a grade of; None for fewer than two.
+
+    The interval as far as two grades of the range can differ.
+    """
     pair = _grades(one.results), _grades(first.results)
     if pair[0].shape != pair[1].shape or np.isfinite(pair[0] - pair[1]).sum() < 2:
         return None
     mean, low, high = paired_interval(*pair, _SEED)
-    return Difference(first.model, mean, (low, high))
+    widest = grade_range[1] - grade_range[0]
+    return Difference(first.model, mean, within((low, high), (-widest, widest)))
 
 
 def by_category(measured: Measured, suite: Suite) -> dict[str, tuple[TaskResult, ...]]:
@@ -382,7 +386,7 @@ def evaluation_json(
 
 def _model_json(one: Measured, first: Measured, suite: Suite, judging: bool) -> dict[str, Any]:
     parts, grades = by_category(one, suite), suite.grade_range
-    against = None if one is first else difference(one, first)
+    against = None if one is first else difference(one, first, grades)
     took = {"judging": None if one.judging is None else asdict(one.judging)} if judging else {}
     return {
         "model": one.model,

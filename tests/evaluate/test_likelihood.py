@@ -111,7 +111,8 @@ def test_an_answer_and_a_likelihood_make_one_grade(tmp_path: Path) -> None:
     ("row", "settings", "message"),
     [
         ({"output": "a"}, {}, "a choice needs two answers"),
-        ({"output": "x", "c": ["a", "b"]}, {"choices": "c"}, "'x' is none of the choices"),
+        ({"output": "x", "c": ["a", "b"]}, {"choices": "c"}, "'x' is none of the choices$"),
+        ({"output": 1, "c": ["a", "b"]}, {"choices": "c"}, "place, from 0: choice_index: true"),
         ({"output": "a", "c": ["a", "a"]}, {"choices": "c"}, "two of the choices are the same"),
         (
             {"output": 2, "c": ["a", "b"]},

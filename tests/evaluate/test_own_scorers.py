@@ -90,6 +90,7 @@ def test_code_that_is_no_scorer_is_refused(
     ("code", "message"),
     [
         ("def f(task, answer):\n    return 2", "2 is not in 0 to 1"),
+        ("def f(task, answer):\n    return '7'", "'7' is not in 0 to 1"),
         ("def f(task, answer):\n    return float('nan')", "nan is not in 0 to 1"),
         ("def f(task, answer):\n    raise KeyError('x')", "task 1: KeyError: 'x'"),
     ],

@@ -75,6 +75,15 @@ def test_grades_that_another_run_paid_for_took_nothing() -> None:
     assert f"{MODELS[0]}: its 160 grades were there already, and cost nothing." in notes
 
 
+def test_what_was_cut_and_closed_for_is_told_of_how_many() -> None:
+    document = found()
+    for row in document["models"]:
+        row |= {"reason": None, "cut": 1, "gates": {"empty": 1}, "judging": None}
+    notes = evaluation_notes(document)
+    assert f"{MODELS[0]}: 1 of 160 answers were cut at max_tokens." in notes
+    assert f"{MODELS[0]}: the gate empty closed for 1 of 160 answers." in notes
+
+
 def test_where_there_is_no_terminal_a_table_is_as_wide_as_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
