@@ -44,8 +44,10 @@ def draw_radar(
 def _bounds(table: RadarTable, wanted: tuple[float | None, float | None]) -> tuple[float, float]:
     values = [score for line in table.lines for score in line.scores if score is not None]
     lowest, highest = min(values), max(values)
+    # Of an evaluation intervals end where grades do: the rim holds them whole.
+    furthest = max(highest, table.reach)
     low = wanted[0] if wanted[0] is not None else min(0.0, _round_up(-lowest) * -1.0)
-    high = wanted[1] if wanted[1] is not None else _round_up(highest)
+    high = wanted[1] if wanted[1] is not None else _round_up(furthest)
     if not low <= lowest <= highest <= high or low == high:
         raise ConfigError(
             f"the chart goes from {low:g} to {high:g}, the scores from {lowest:g} to {highest:g}; "

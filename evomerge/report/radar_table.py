@@ -41,12 +41,13 @@ class RadarLine:
 class RadarTable:
     """What a radar chart shows: at least three categories, at least one model.
 
-    `measure` says what the scores are, where that is known.
+    `measure` says what the scores are, where that is known; `reach` is held by the rim, too.
     """
 
     categories: tuple[str, ...]
     lines: tuple[RadarLine, ...]
     measure: str = ""
+    reach: float = 0.0
 
     def check(self, where: str) -> None:
         """Raises ConfigError, beginning with `where`, where no chart can be drawn of it."""

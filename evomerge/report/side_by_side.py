@@ -121,7 +121,10 @@ def evaluation_radar(found: Mapping[str, Any]) -> RadarTable:
         for row in found["models"]
         if row["score"] is not None
     )
-    table = RadarTable(categories, lines, measure=f"mean grade ({_graded_by(found)})")
+    ends = (pair[1] for line in lines for pair in line.intervals if pair is not None)
+    table = RadarTable(
+        categories, lines, measure=f"mean grade ({_graded_by(found)})", reach=max(ends, default=0.0)
+    )
     table.check("--radar")
     return table
 

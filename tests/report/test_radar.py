@@ -12,6 +12,7 @@ from evomerge.errors import ConfigError
 from evomerge.report.charts import check_charts
 from evomerge.report.radar import draw_radar, radar_figure
 from evomerge.report.radar_table import RadarLine, RadarTable, read_radar_table
+from evomerge.report.side_by_side import evaluation_radar
 from tests.shared_data import shared_data
 from tests.test_cli import run
 
@@ -185,6 +186,20 @@ def test_the_rim_is_a_usual_top_of_a_scale(
     with pytest.raises(ConfigError, match=f"goes from 400 to {ends[1]}"):
         draw_radar(table, [tmp_path / "a.png"], bounds=(400, None))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rim_of_an_evaluation_holds_its_intervals_whole(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    row = {
+        "model": "x",
+        "score": 4.0,
+        "interval": [3.0, 5.0],
+        "categories": dict.fromkeys(names, 4.0),
+        "category_intervals": dict.fromkeys(names, [2.5, 5.5]),
+    }
+    table = evaluation_radar({"scorer": "judge", "judge": "j", "models": [row]})
+    with pytest.raises(ConfigError, match="goes from 400 to 10"):
+        draw_radar(table, [tmp_path / "a.png"], bounds=(400, None))
 
 
 def test_the_command_writes_every_file_and_replaces_none_unasked(tmp_path: Path) -> None:
