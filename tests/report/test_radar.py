@@ -195,7 +195,7 @@ def test_the_rim_of_an_evaluation_holds_its_intervals_whole(tmp_path: Path) -> N
         "score": 4.0,
         "interval": [3.0, 5.0],
         "categories": dict.fromkeys(names, 4.0),
-        "category_intervals": dict.fromkeys(names, [2.5, 5.5]),
+        "category_intervals": {name: [2.5, 5.5] for name in names},
     }
     table = evaluation_radar({"scorer": "judge", "judge": "j", "models": [row]})
     with pytest.raises(ConfigError, match="goes from 400 to 10"):
