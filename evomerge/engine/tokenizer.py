@@ -9,6 +9,32 @@ from typing import Any
 from evomerge.errors import ConfigError, reason_of
 
 
+def read_config(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a model directory; ConfigError where it is broken."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            Path(directory), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a broken file makes an architecture's own code raise
+        raise ConfigError(f"{directory}: its config.json: {reason_of(error)}") from error
+
+
+def longest_context(config: Any, directory: str) -> int:
+    """The tokens, prompt and answer together, that a model was made for, by its configuration.
+
+    Raises ConfigError where that does not say.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ConfigError(
+            f"{directory}: its config.json does not say how long a context may be; give it by "
+            "`engine: {max_model_len: N}`, or --max-model-len"
+        )
+    return positions
+
+
 class Tokenizer:
     """The tokenizer of a model directory; chat templates run in transformers' Jinja sandbox."""
 

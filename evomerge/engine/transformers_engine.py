@@ -24,6 +24,7 @@ from evomerge.engine.planning import (
     remove_candidate,
     write_candidate,
 )
+from evomerge.engine.tokenizer import longest_context
 from evomerge.errors import CandidateError, ConfigError, EngineDiedError
 from evomerge.merge.kernels import compile_pays, merge_entry
 from evomerge.merge.methods import has_overflow
@@ -121,8 +122,9 @@ class TransformersEngine(PlanningEngine):
 
     @property
     def max_model_len(self) -> int:
-        limit = self.config.options.get("max_model_len", self.model.config.max_position_embeddings)
-        return int(str(limit))
+        if (asked := self.config.options.get("max_model_len")) is not None:
+            return int(str(asked))
+        return longest_context(self.model.config, self.config.model)
 
     @torch.inference_mode()
     def generate(

@@ -29,6 +29,7 @@ from evomerge.engine.planning import (
     write_candidate,
 )
 from evomerge.engine.plugin import OWNED_VARIABLE
+from evomerge.engine.tokenizer import longest_context, read_config
 from evomerge.engine.vllm_private import (
     check_vllm_version,
     end_engine,
@@ -113,9 +114,11 @@ class VLLMEngine(PlanningEngine):
     def max_model_len(self) -> int:
         if self._llm is not None:
             return int(self._llm.model_config.max_model_len)
-        served = self.checkpoints[self.config.model].config
-        limit = self.config.options.get("max_model_len", served.get("max_position_embeddings"))
-        return int(str(limit))
+        if (asked := self.config.options.get("max_model_len")) is not None:
+            return int(str(asked))
+        model = self.config.model
+        config = read_config(model, trust_remote_code=self.trusts_remote_code)
+        return longest_context(config, model)
 
     def generate(
         self,

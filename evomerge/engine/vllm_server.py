@@ -58,10 +58,13 @@ class VLLMServer(PlanningEngine):
         try:
             answer = self._http.get("/v1/models", timeout=FIRST_CONTACT_SECONDS)
             models = answer.raise_for_status().json()["data"]
+            if not models:
+                raise ConfigError("it lists no model")
             self._post("/init_weight_transfer_engine", init_info={"models": self._sources()})
             if failure := self._failure():
                 raise failure
         except (httpx.HTTPError, ValueError, LookupError, EvomergeError) as error:
+            self._http.close()
             raise ConfigError(
                 f"engine: url: {self.config.url}: {error}; start the server with evomerge "
                 "installed, VLLM_SERVER_DEV_MODE=1, its sources in EVOMERGE_MODELS and "
@@ -173,7 +176,7 @@ class VLLMServer(PlanningEngine):
         """The choices for `prompts`, in their order, all written by the present candidate."""
         ids = self.encode(prompts, add_special_tokens=add_special_tokens)
         answer = self._post("/v1/completions", model=self._listed["id"], prompt=ids, **request)
-        version = self._http.get("/weight_info").json()["weight_version"]
+        version = self._send("GET", "/weight_info")["weight_version"]
         if version != self._version:
             raise EngineDiedError(
                 f"{self.config.url} was switched to {version} by somebody else while it wrote "
@@ -182,8 +185,11 @@ class VLLMServer(PlanningEngine):
         return sorted(answer["choices"], key=lambda choice: int(choice["index"]))
 
     def _post(self, route: str, **body: Any) -> Any:
+        return self._send("POST", route, json=body)
+
+    def _send(self, method: str, route: str, **request: Any) -> Any:
         try:
-            response = self._http.post(route, json=body)
+            response = self._http.request(method, route, **request)
         except httpx.HTTPError as error:
             raise EngineDiedError(f"{self.config.url}{route}: {error!r}") from error
         if response.is_success:

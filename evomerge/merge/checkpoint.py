@@ -250,7 +250,8 @@ def _read_indexed_headers(index: Path) -> dict[str, TensorHeader]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map")
-    by_file = {name: _indexed_file(index, name) for name in sorted(set(weight_map.values()))}
+    names = {_checked_file_name(index, name) for name in weight_map.values()}
+    by_file = {name: _indexed_file(index, name) for name in sorted(names)}
     tensors = {}
     for name, file_name in weight_map.items():
         if name not in by_file[file_name]:
@@ -259,9 +260,13 @@ def _read_indexed_headers(index: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def _indexed_file(index: Path, file_name: object) -> dict[str, TensorHeader]:
+def _checked_file_name(index: Path, file_name: object) -> str:
     if not isinstance(file_name, str) or Path(file_name).name != file_name:
         raise ConfigError(f"{index}: {file_name!r} should be the name of a file beside it")
+    return file_name
+
+
+def _indexed_file(index: Path, file_name: str) -> dict[str, TensorHeader]:
     file = index.with_name(file_name)
     if not file.is_file():
         raise ConfigError(f"{index}: names {file_name}, which is missing; fetch it again")

@@ -13,6 +13,8 @@ from evomerge.errors import ConfigError, shown
 from evomerge.merge.dtypes import BY_CODE, DType
 
 _LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
+# Types of the format that are not read here.
+_OF_PACKED_WEIGHTS = ("U16", "U32", "U64", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64")
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,18 @@ def read_headers(file: Path) -> dict[str, TensorHeader]:
     """The headers of one safetensors file, in the order of the file's header.
 
     Raises ConfigError where the file is shorter or longer than its header says, or where a tensor
-    has other bytes than its shape and dtype need.
+    has numbers of a type that is not read, or other bytes than its shape and dtype need.
     """
     header, data_start = _read_raw_header(file)
     header.pop("__metadata__", None)
     tensors, places = {}, {}
     for name, entry in header.items():
         try:
+            if entry["dtype"] in _OF_PACKED_WEIGHTS:
+                raise ConfigError(
+                    f"{file}: tensor {name} has numbers of type {entry['dtype']}, as models with "
+                    f"packed weights have; it should be one of {', '.join(BY_CODE)}"
+                )
             dtype, shape = BY_CODE[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:

@@ -169,7 +169,7 @@ def _factors(
     if set(pair) != set(names):
         raise ConfigError(f"{file}: {module} should have {names[0]} and {names[1]}")
     a, b = pair[names[0]], pair[names[1]]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise ConfigError(
             f"{file}: {module}: factors of shape {list(a.shape)} and {list(b.shape)} are not those "
             "of a linear layer or an embedding"
@@ -182,12 +182,20 @@ def _factors(
 
 def _alpha(file: Path, config: Mapping[str, Any], module: str) -> float:
     """lora_alpha, or what alpha_pattern says for the modules whose names end as its keys do."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(alpha)
-    alpha = config.get("lora_alpha")
+    where = file.with_name(ADAPTER_CONFIG)
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        matching = [key for key in patterns if re.match(rf"(.*\.)?({key})$", module)]
+        key, alpha = "lora_alpha", config.get("lora_alpha")
+        if matching:
+            key, alpha = f"alpha_pattern: {matching[0]}", patterns[matching[0]]
+    except (TypeError, re.error) as error:
+        raise ConfigError(
+            f"{where}: alpha_pattern: {patterns!r} should map patterns of module names to numbers "
+            f"({error})"
+        ) from error
     if not isinstance(alpha, int | float):
-        raise ConfigError(f"{file.with_name(ADAPTER_CONFIG)}: lora_alpha: {alpha!r} is no number")
+        raise ConfigError(f"{where}: {key}: {alpha!r} is no number")
     return float(alpha)
 
 

@@ -24,9 +24,8 @@ from evomerge.space import Genome
 class OptunaSampler:
     """Optuna's sampler `kind` with its defaults, asked for one generation after the other.
 
-    Candidates of one generation know of each other as running trials, else all of a generation
-    would crowd where the model is best; so candidate n stands for drawing those of its generation
-    before it, too.
+    Those of a generation that were drawn before are running trials to it, which the GP keeps away
+    from (TPE does not, by default); so candidate n stands for drawing those before it, too.
     """
 
     def __init__(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MambaConfig
 
 from evomerge.engine import EngineConfig, open_engine
 from evomerge.engine.base import Completion, GenerationSettings
+from evomerge.engine.tokenizer import longest_context
 from evomerge.engine.transformers_engine import TransformersEngine
 from evomerge.errors import CandidateError, ConfigError
 from evomerge.merge.materialize import materialize
@@ -166,3 +167,20 @@ def test_unknown_engines_and_options_are_named(tmp_path: Path) -> None:
         open_engine("sglang", EngineConfig(str(base), ()))
     with pytest.raises(ConfigError, match=r"block_size.*max_model_len"):
         start("transformers", base, [], block_size=16)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_the_context_allowed_is_the_models_own_whatever_its_config_calls_it(
+    tmp_path: Path, kind: str
+) -> None:
+    config = GPT2Config(n_positions=77, n_layer=1, n_embd=32, n_head=2, vocab_size=261)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    engine = EngineConfig(str(tmp_path), (), load="disk", scratch=str(tmp_path / "scratch"))
+    with open_engine(kind, engine) as opened:  # vLLM starts with the first candidate only
+        assert opened.max_model_len == 77
+
+
+def test_a_config_that_says_nothing_of_the_context_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^a/model: .*how long a context may be; give it by"):
+        longest_context(MambaConfig(), "a/model")

@@ -209,6 +209,10 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
     [
         ({"a": entry([5], 0, 16)}, "tensor a has a broken header: 16 bytes for shape [5] of"),
         ({"a": entry([4], 0, 16, "BF16")}, "tensor a has a broken header: 16 bytes for shape [4]"),
+        (
+            {"a": entry([4], 0, 16, "U32")},
+            "tensor a has numbers of type U32, as models with",
+        ),
         ({"a": entry([-2, -2], 0, 16)}, "tensor a has a broken header: 16 bytes for shape [-2, -2"),
         (
             {"a": entry([4], 0, 16), "b": entry([2], 8, 16)},
@@ -241,6 +245,8 @@ def test_a_file_that_only_the_library_finds_damaged_is_named(tmp_path: Path) -> 
         ({}, "has no weight_map"),
         ({"weight_map": {"a": "../model.safetensors"}}, "should be the name of a file beside it"),
         ({"weight_map": {"a": 3}}, "should be the name of a file beside it"),
+        ({"weight_map": {"a": ["x"]}}, "should be the name of a file beside it"),
+        ({"weight_map": {"a": 3, "b": "x"}}, "should be the name of a file beside it"),
         ({"weight_map": {"absent": "part.safetensors"}}, "says that absent is in part.safetensors"),
     ],
 )

@@ -204,6 +204,10 @@ def test_an_adapter_of_another_base_is_refused(
             {},
             "are not those of a linear",
         ),
+        (on(DOWN, factors(rank=0)), {}, r"factors of shape \[0, \d+\] and \[\d+, 0\] are not"),
+        ({}, {"alpha_pattern": {"q_proj(": 3}}, r"alpha_pattern: .* should map patterns of module"),
+        ({}, {"alpha_pattern": ["q_proj"]}, r"alpha_pattern: \['q_proj'\] should map patterns"),
+        ({}, {"alpha_pattern": {"q_proj": "3"}}, "alpha_pattern: q_proj: '3' is no number"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(
