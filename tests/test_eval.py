@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from evomerge.engine.base import GenerationSettings
 from evomerge.evaluate.evaluation import Evaluation
 from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.task import TaskResult
+from evomerge.report.answers import export_answers
 from evomerge.search.side_by_side import Measured, difference, own_interval
 from tests import tiny
 from tests.evaluate.judge_server import Fault, ScriptedJudge, scripted
@@ -134,6 +136,23 @@ def test_what_the_ledger_has_is_not_answered_again_unless_asked(here: Path) -> N
     assert "starting transformers" in ran.err
     assert fresh["models"][0]["score"] == first["models"][1]["score"]
     assert len(ledger(here / "evol_merge_storage")) == 27
+
+
+def test_the_answers_are_written_as_the_ledger_has_them(here: Path) -> None:
+    arguments = ("a", "b", "--suite", "suite.yaml")
+    evaluated(*arguments, "--answers", "first.parquet")
+    export_answers(ledger(here / "evol_merge_storage"), here / "ledger.parquet")
+    wanted = pandas.read_parquet("ledger.parquet")
+    assert list(wanted["candidate"]) == ["a"] * 9 + ["b"] * 9
+    assert list(wanted["answer"]) == answers(here / "a") + answers(here / "b")
+    evaluated(*arguments, "--answers", "again.csv")  # from the ledger
+    pandas.testing.assert_frame_equal(pandas.read_parquet("first.parquet"), wanted)
+    again = pandas.read_csv("again.csv", keep_default_na=False)
+    assert list(again["answer"]) == list(wanted["answer"])
+    ran = run("eval", *arguments, "--answers", "again.csv", *OPTIONS)
+    assert (ran.status, "again.csv" in ran.err) == (2, True)
+    ran = run("eval", *arguments, "--answers", "answers.txt", *OPTIONS)
+    assert (ran.status, "ends in .parquet or .csv" in ran.err) == (2, True)
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(

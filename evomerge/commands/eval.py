@@ -72,6 +72,12 @@ def evaluate(
         list[Path] | None,
         typer.Option(metavar="FILE.png", help="Draw a radar chart (.png, .svg, .pdf); repeatable."),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write all answers, with grades, to a .parquet or .csv file."
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Answer again what the ledger has already.")
     ] = False,
@@ -96,14 +102,10 @@ def evaluate(
     Each is compared with the first one, paired task by task.
     """
     from evomerge.evaluate.graders import check_graders, needs_judge
-    from evomerge.report.charts import check_charts
+    from evomerge.report.answers import export_answers
     from evomerge.report.radar import draw_radar
-    from evomerge.report.side_by_side import (
-        check_radar_categories,
-        evaluation_markdown,
-        evaluation_radar,
-    )
-    from evomerge.search.side_by_side import evaluation_json, measure_models
+    from evomerge.report.side_by_side import evaluation_markdown, evaluation_radar
+    from evomerge.search.side_by_side import answer_rows, evaluation_json, measure_models
 
     live = live_settings(engine, dtype, max_model_len, gpu_memory_utilization, threads)
     inputs = input_models(storage, dtype)
@@ -116,13 +118,7 @@ def evaluate(
             "http://127.0.0.1:8000/v1, or --judge-local MODEL"
         )
     check_graders(wanted, judge, trust_code=trust_code, environment=os.environ)
-    if markdown is not None:
-        refuse_existing_file(markdown, overwrite=overwrite)
-    if radar:
-        check_radar_categories(task.category for task in tasks)
-        check_charts(radar, overwrite=overwrite)
-        for path in radar:
-            require_folder_of(path)
+    _check_outputs(markdown, answers, radar or (), tasks, overwrite=overwrite)
     with engines_at_work():
         contestants = _contestants(models, inputs)
         try:
@@ -150,11 +146,38 @@ def evaluate(
         print_evaluation(found)
     if markdown is not None:
         write_new(markdown, evaluation_markdown(found), overwrite=overwrite)
+    if answers is not None:
+        export_answers(answer_rows(measured), answers)
     if radar and any(one.score is not None for one in measured):
         for note in draw_radar(evaluation_radar(found), radar, title=Path(suite).stem):
             say(f"note: {note}")
     if any(one.reason is not None for one in measured):
         raise typer.Exit(1)
+
+
+def _check_outputs(
+    markdown: Path | None,
+    answers: Path | None,
+    radar: Sequence[Path],
+    tasks: Sequence[Task],
+    *,
+    overwrite: bool,
+) -> None:
+    """Raises ConfigError or OutputExistsError where a file that is to be written cannot be."""
+    from evomerge.report.answers import check_export
+    from evomerge.report.charts import check_charts
+    from evomerge.report.side_by_side import check_radar_categories
+
+    if answers is not None:
+        check_export(answers)
+    for path in (markdown, answers):
+        if path is not None:
+            refuse_existing_file(path, overwrite=overwrite)
+    if radar:
+        check_radar_categories(task.category for task in tasks)
+        check_charts(radar, overwrite=overwrite)
+        for path in radar:
+            require_folder_of(path)
 
 
 def _suite(

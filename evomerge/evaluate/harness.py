@@ -107,8 +107,9 @@ class HarnessTasks:
             more = f" and {len(too_long) - _NAMED_AT_MOST} more"
             raise ConfigError(
                 f"{where}: {len(too_long)} of {len(asked)} documents do not fit the context of "
-                f"{allowed} tokens: {named}{more * (len(too_long) > _NAMED_AT_MOST)}; raise "
-                "engine.max_model_len or lower num_fewshot"
+                f"{allowed} tokens: {named}{more * (len(too_long) > _NAMED_AT_MOST)}; lower "
+                "num_fewshot or, if the model takes more, raise engine.max_model_len "
+                "(--max-model-len)"
             )
 
     def answered(

@@ -138,8 +138,8 @@ class JudgeClient:
     async def check(self, say: Callable[[str], None]) -> None:
         """Raises ConfigError where the judge cannot be reached, or is not what was named.
 
-        Says where answers will go. Where the server's list of models does not show the judge, it is
-        asked for one token.
+        Says where answers will go. Where the server's list of models does not show the judge, or
+        tells nothing of the key because nobody needs one for it, the judge is asked for one token.
         """
         server = self._server
         key = f", with the key in {server.api_key_env}" if server.api_key_env else ""
@@ -148,7 +148,7 @@ class JudgeClient:
         patience = min(server.patience, _START_PATIENCE)
         try:
             listed = await self._patiently(self._models, patience)
-            if server.model not in listed:
+            if server.model not in listed or await self._lists_to_anybody():
                 await self._patiently(self._ask_one_token, patience)
         except (RunError, RefusedError) as error:
             known = nearest(server.name, listed) if listed else ""
@@ -284,6 +284,18 @@ class JudgeClient:
                 f"judge: {self._server.base_url} is no OpenAI-compatible API: "
                 "what it lists are no models"
             ) from error
+
+    async def _lists_to_anybody(self) -> bool:
+        """Whether a key was taken along to a list of models that is open to all."""
+        from openai import OpenAIError
+
+        if self._key is None:
+            return False
+        try:
+            await self._client.with_options(api_key="none").models.list()
+        except (OpenAIError, ValueError):
+            return False
+        return True
 
     async def _ask_one_token(self) -> None:
         request = self._request("1", 1)

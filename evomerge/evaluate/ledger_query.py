@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sql
 
+from evomerge.evaluate.ledger import UnitKey
 from evomerge.evaluate.task import ScorerGrade, TaskResult, Usage
 from evomerge.schema import answers, events, grades
 
@@ -24,6 +25,20 @@ class PartGrade:
     prompt_tokens: int | None
     completion_tokens: int | None
     cost: float | None
+
+    @classmethod
+    def of(cls, given: ScorerGrade) -> Self:
+        """The grade as the ledger has it."""
+        usage = given.usage
+        return cls(
+            scorer=given.scorer,
+            turn=given.turn,
+            grade=given.grade,
+            reply=given.reply,
+            prompt_tokens=None if usage is None else usage.prompt_tokens,
+            completion_tokens=None if usage is None else usage.completion_tokens,
+            cost=None if usage is None else usage.cost,
+        )
 
     def to_grade(self) -> ScorerGrade:
         """The grade as it was written to the ledger."""
@@ -59,6 +74,28 @@ class LedgerRow:
     recipe_digest: str
     suite_digest: str
     reason: str | None = None
+
+    @classmethod
+    def of(cls, unit: UnitKey, result: TaskResult) -> Self:
+        """The row that `result` is in the ledger, as an answer of `unit`."""
+        return cls(
+            candidate=unit.candidate,
+            task=result.task_id,
+            attempt=result.attempt,
+            prompt=result.prompt,
+            earlier=result.earlier,
+            answer=result.answer,
+            finish_reason=result.finish_reason,
+            gates=result.gates,
+            scorer=unit.scorer,
+            grade=result.grade,
+            parts=tuple(PartGrade.of(part) for part in result.details),
+            seconds=result.seconds,
+            settings=dict(result.settings),
+            version=result.version,
+            recipe_digest=unit.recipe_digest,
+            suite_digest=unit.suite_digest,
+        )
 
     def to_result(self) -> TaskResult:
         """The answer as it was written to the ledger."""

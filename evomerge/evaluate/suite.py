@@ -301,8 +301,8 @@ def check_prompt_lengths(engine: Engine, suite: Suite, tasks: Sequence[Task]) ->
         answers = f", with answers of max_tokens {' or '.join(map(str, limits))}" * bool(limits)
         raise ConfigError(
             f"{suite.where}: {len(too_long)} of {len(tasks)} tasks do not fit the context of "
-            f"{allowed} tokens{answers}: {named}{more}; shorten them, lower max_tokens or raise "
-            "engine.max_model_len"
+            f"{allowed} tokens{answers}: {named}{more}; shorten them, lower max_tokens or, if the "
+            "model takes more, raise engine.max_model_len (--max-model-len)"
         )
 
 

@@ -24,7 +24,7 @@ from evomerge.evaluate.evaluation import Grading, evaluation_of
 from evomerge.evaluate.graders import needs_judge, open_graders, shares_gpu
 from evomerge.evaluate.judge_config import JudgeConfig
 from evomerge.evaluate.ledger import UnitKey, mean_grade, record_evaluation
-from evomerge.evaluate.ledger_query import ledger_rows
+from evomerge.evaluate.ledger_query import LedgerRow, ledger_rows
 from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
 from evomerge.evaluate.task import AnsweredError, Grader, Task, TaskResult
@@ -64,13 +64,14 @@ class Judging:
 class Measured:
     """What one model made of the tasks, in their order; `reason` says why it made nothing.
 
-    `known`: read from the ledger, not answered again.
+    `known`: read from the ledger, not answered again. `unit` is what they stand under there.
     """
 
     model: str
     results: tuple[TaskResult, ...] = ()
     reason: str | None = None
     known: bool = False
+    unit: UnitKey | None = None
 
     @property
     def score(self) -> float | None:
@@ -177,7 +178,7 @@ class SideBySide:
         for place, one in enumerate(contestants):
             kept = [] if self.fresh else self._kept(one, tasks)
             if kept and all(result.grade is not None for result in kept):
-                found[place] = Measured(one.name, tuple(kept), known=True)
+                found[place] = Measured(one.name, tuple(kept), known=True, unit=self._key(one))
                 self.say(_line(one.name, found[place]) + ", in the ledger already")
             elif kept and self.suite.harness is None:  # which grades as it answers
                 self.say(f"{one.name}: its {len(kept)} answers are in the ledger, not all graded")
@@ -243,7 +244,7 @@ class SideBySide:
             self.say(f"{name} | failed: {error}")
             return Measured(name, reason=str(error))
         self._record(begun, results)
-        measured = Measured(name, tuple(results))
+        measured = Measured(name, tuple(results), unit=self._key(begun.one))
         self.say(_line(name, measured))
         return measured
 
@@ -325,6 +326,16 @@ def measure_models(
         judged_by = {} if judge is None else judge.fingerprint(folder)
         together = SideBySide(suite, live, database, graders, judged_by, fresh=fresh, say=say)
         return together.measure(contestants, tasks)
+
+
+def answer_rows(all_measured: Sequence[Measured]) -> list[LedgerRow]:
+    """Every answer with its grades as a row of the ledger, model after model."""
+    return [
+        LedgerRow.of(one.unit, result)
+        for one in all_measured
+        if one.unit is not None
+        for result in one.results
+    ]
 
 
 def own_interval(results: Sequence[TaskResult], grade_range: Interval) -> Interval | None:

@@ -52,13 +52,14 @@ class ScriptedJudge:
     `takes_schema` False: requests with a response_format are refused, as by servers that know none.
     `prompts` are those that were replied to, in their order: the calls that are paid. `upstream`:
     another server's URL, which then replies to what is no fault. `turns`: what it was told about
-    sleeping.
+    sleeping. `lists_with_key`: whoever has another key is not told the models.
     """
 
     reply: Callable[[str], str] = grade_in_prompt
     faults: list[Fault] = field(default_factory=list)
     takes_schema: bool = True
     lists_models: bool = True
+    lists_with_key: str | None = None
     latency: float = 0.0
     finish_reason: str = "stop"
     prompts: list[str] = field(default_factory=list)
@@ -100,6 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if not self.judge.lists_models:
             self._send(404, '{"error": {"message": "no such route"}}')
+            return
+        wanted = self.judge.lists_with_key
+        if wanted is not None and self.headers["Authorization"] != f"Bearer {wanted}":
+            self._send(401, '{"error": {"message": "wrong key"}}')
             return
         self._send(200, json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}))
 

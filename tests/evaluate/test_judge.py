@@ -466,6 +466,7 @@ def test_the_key_is_sent_and_never_shown(
 ) -> None:
     monkeypatch.setenv("TEST_JUDGE_KEY", "hidden-value")
     monkeypatch.setenv("OPENAI_ORG_ID", "our-organization")
+    server.lists_with_key = "hidden-value"
     lines: list[str] = []
     grades(opened(api_key_env="TEST_JUDGE_KEY", say=lines.append), requests(1))
     assert server.headers[0]["authorization"] == "Bearer hidden-value"
@@ -483,6 +484,24 @@ def test_the_key_is_sent_and_never_shown(
     with pytest.raises(RunError, match="401: no such key: …") as caught:
         opened(api_key_env="TEST_JUDGE_KEY").grade_all(requests(4)).result(60)
     assert "hidden-value" not in str(caught.value)
+
+
+def test_a_wrong_key_is_found_before_the_first_answer_wherever_it_is_asked_for(
+    opened: Open, server: ScriptedJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_JUDGE_KEY", "wrong-value")
+    server.faults = [Fault(401, {}, '{"error": {"message": "wrong key"}}')]
+    with pytest.raises(ConfigError, match=r"401: wrong key \(the key in TEST_JUDGE_KEY\)"):
+        opened(api_key_env="TEST_JUDGE_KEY")  # its models it lists to anybody
+    assert server.requests.pop()["max_tokens"] == 1
+    server.lists_with_key = "right-value"
+    with pytest.raises(ConfigError, match=r"401: wrong key \(the key in TEST_JUDGE_KEY\)"):
+        opened(api_key_env="TEST_JUDGE_KEY")
+    monkeypatch.setenv("TEST_JUDGE_KEY", "right-value")
+    opened(api_key_env="TEST_JUDGE_KEY")
+    server.lists_with_key = None
+    opened()  # no key, nothing to try
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("key", ["hidden\nvalue", "hidden value", "hidden–value"])
