@@ -414,7 +414,7 @@ class Judge:
         if unscored > allowed:
             no_grade = f"the judge's replies hold no grade{_hint(opinions)}"
             why = next(reversed([*faults, *refused]), no_grade)
-            if not self._has_graded and len(opinions) > 1 and not refused:
+            if len(opinions) > 1 and not refused and not self._has_ever_graded():
                 last = " ".join(opinions[-1].reply.split())[:_SHOWN_OF_A_REPLY]
                 raise RunError(
                     f"{no_grade}, for none of {len(graded)} answers; the last is {last!r}"
@@ -424,6 +424,13 @@ class Judge:
                 f"{allowed} at most may be left out: {why}",
                 graded,
             )
+
+    def _has_ever_graded(self) -> bool:
+        """Whether the judge gave a grade by this rubric, or to whoever pays in a run before.
+
+        So a run that goes on with a candidate of which no answer gets a grade gets past it, too.
+        """
+        return self._has_graded or any(self._replies.has_grade(one.identity) for one in self._seats)
 
     def _client(self, seat: Seat) -> JudgeClient:
         if seat not in self._clients:

@@ -32,9 +32,9 @@ _SILENT_SECONDS = 10.0
 # How often a server of ours is looked at, which may end under a call.
 _LOOK_SECONDS = 0.5
 _TEMPORARY = frozenset({408, 409, 425, 429})
-# What one request can be to blame for: too long, against the server's rules.
 # No tokens are so long on the average: a longer text is no reply, and is not kept whole.
 _CHARACTERS_A_TOKEN = 100
+# What one request can be to blame for: too long, against the server's rules.
 _OF_THE_REQUEST = frozenset({400, 413, 422})
 _NO_SUCH_ROUTE = frozenset({404, 405, 501})
 
@@ -199,7 +199,7 @@ class JudgeClient:
             return await retrying(once)
         except _TemporaryError as error:
             how = f"could not be had for {patience:g} s"
-            if error.wait:  # and so it was given up at once
+            if error.wait > patience:  # and so it was given up at once
                 how = f"asks to be left alone for {error.wait:g} s, longer than {patience:g} s"
             raise RunError(f"judge: {self._server.base_url} {how}: {error}") from error
 

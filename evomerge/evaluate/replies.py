@@ -135,7 +135,7 @@ class Replies:
             "payer": self._payer,
             "judge": asked.judge,
             "host": asked.host,
-            "settings": json.dumps(asked.settings, sort_keys=True, ensure_ascii=False),
+            "settings": _settings(asked.settings),
             "task": asked.task,
             "attempt": asked.attempt,
             "grading": asked.grading,
@@ -151,6 +151,16 @@ class Replies:
         }
         with stops_the_run("the judge's replies"), self._database.begin() as connection:
             connection.execute(sql.insert(replies), row)
+
+    def has_grade(self, settings: Mapping[str, Any]) -> bool:
+        """Whether this payer has ever got a grade of the judge of these settings."""
+        one = sql.select(replies.c.id).where(
+            replies.c.payer == self._payer,  # IS NULL of an evaluation
+            replies.c.settings == _settings(settings),
+            replies.c.grade.is_not(None),
+        )
+        with stops_the_run("the judge's replies"), self._database.connect() as connection:
+            return connection.execute(one.limit(1)).first() is not None
 
     def spent(self, judge: str) -> Spent:
         """What this payer has paid the judge so far; nothing for an evaluation."""
@@ -169,6 +179,10 @@ class Replies:
         """Lets go of the database."""
         if self._opened is not None:
             self._opened.dispose()
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, ensure_ascii=False)
 
 
 _OF_KEYS = (

@@ -164,6 +164,14 @@ def test_a_server_that_wants_to_be_left_alone_for_too_long_stops_the_run_at_once
         opened(patience=9.0).grade_all(requests(3)).result(5)
 
 
+def test_a_server_that_is_busy_for_too_long_is_told_as_that(
+    opened: Open, server: ScriptedJudge
+) -> None:
+    server.faults = [faults.BUSY] * 100  # it asks for a second each time
+    with pytest.raises(RunError, match=r"/v1 could not be had for 2 s: 429: slow down$"):
+        opened(patience=2.0).grade_all(requests(3)).result(10)
+
+
 def test_a_judge_that_never_gives_a_grade_stops_the_run(
     opened: Open, server: ScriptedJudge
 ) -> None:
@@ -180,6 +188,14 @@ def test_a_judge_that_never_gives_a_grade_stops_the_run(
     assert grades(judge, requests(6)[4:]) == [5, 1]
     with pytest.raises(UngradedError, match="4 of 4 answers could not be graded"):
         judge.grade_all(requests(4)).result(60)
+    # Nor does another run of it stop there, at each try: what its payer got of it before counts.
+    server.reply = lambda prompt: "Hm.\nNo."
+    with pytest.raises(UngradedError, match="4 of 4 answers could not be graded"):
+        opened().grade_all(requests(4)).result(60)
+    with pytest.raises(RunError, match="for none of 4 answers"):
+        opened(payer="another").grade_all(requests(4)).result(60)
+    with pytest.raises(RunError, match="for none of 4 answers"):
+        opened(reply_tokens=7).grade_all(requests(4)).result(60)
 
 
 def test_a_server_that_says_nothing_is_asked_again_after_the_timeout(
