@@ -40,8 +40,12 @@ class Evaluator(Protocol):
     def grade(self, answers: Sequence[TaskResult], attempt: int) -> Future[list[TaskResult]]:
         """As `begin`, of a unit that is answered already and has no grades."""
 
-    def stop_grading(self) -> None:
-        """No answer is graded from here on: units on their way end soon, with their answers."""
+    @property
+    def stop_grading(self) -> Callable[[], None]:
+        """Has no answer graded from here on: units on their way end soon, with their answers.
+
+        It does not hold the engine, and works when that is closed, too.
+        """
 
 
 # Opens the engine of a study; the evaluator adds what it spends to the TimeSplit.
@@ -59,6 +63,7 @@ class Bench:
         self._watch = Stopwatch()
         self._open: ExitStack | None = None
         self._evaluator: Evaluator | None = None
+        self._stop_grading: Callable[[], None] = lambda: None
 
     @classmethod
     @contextmanager
@@ -108,8 +113,9 @@ class Bench:
 
     def stop_grading(self) -> None:
         """`Evaluator.stop_grading`."""
-        assert self._evaluator is not None
-        self._evaluator.stop_grading()
+        if self._evaluator is not None:
+            self._stop_grading = self._evaluator.stop_grading
+        self._stop_grading()
 
     def _attempt(
         self, recipe: Recipe, task_ids: Sequence[str], attempt: int
@@ -135,7 +141,9 @@ class Bench:
         return self._evaluator.begin(recipe, task_ids, attempt)
 
     def _restart(self, died_of: str) -> None:
+        assert self._evaluator is not None
         self._report(Said(f"the engine died ({died_of}); starting it again"))
+        self._stop_grading = self._evaluator.stop_grading  # grades may be on their way meanwhile
         self._stop()
         gc.collect()  # what is left of the dead engine in cycles
         try:

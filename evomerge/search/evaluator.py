@@ -96,10 +96,16 @@ class EngineEvaluator:
         self.split.scoring += time.perf_counter() - start
         return results
 
-    def stop_grading(self) -> None:
+    @property
+    def stop_grading(self) -> Callable[[], None]:
         """See `Evaluator.stop_grading`."""
-        for grader in (*self.graders.values(), *self.held_out_graders.values()):
-            grader.stop()
+        graders = (*self.graders.values(), *self.held_out_graders.values())
+
+        def stop() -> None:
+            for grader in graders:
+                grader.stop()
+
+        return stop
 
     def _asked(self, task_ids: Sequence[str]) -> tuple[Suite, Mapping[str, Grader], Sequence[str]]:
         """The suite that has the tasks of these names, its graders, and what it calls the tasks."""

@@ -81,6 +81,11 @@ class FormulaEvaluator:
             self.split.generation += time.perf_counter() - started
         return when_all_done([], lambda: results)
 
+    @property
+    def stop_grading(self) -> Callable[[], None]:
+        """All is graded as soon as it is answered."""
+        return lambda: None
+
 
 def opener(
     seconds: float = 0.0,

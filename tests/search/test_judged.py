@@ -17,7 +17,7 @@ import pytest
 
 from evomerge.cli import main
 from evomerge.engine.live_models import LiveSettings
-from evomerge.errors import ConfigError, RunError
+from evomerge.errors import ConfigError, EngineDiedError, RunError
 from evomerge.evaluate.graders import check_graders
 from evomerge.evaluate.judge_config import judge_from_mapping
 from evomerge.evaluate.suite import Suite, load_suite
@@ -340,12 +340,12 @@ def test_a_candidate_whose_answers_get_no_grades_fails_alone(
     assert "no grade that counts: 7 of 7 answers" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("ended_by", [RunError, KeyboardInterrupt])
+@pytest.mark.parametrize("ended_by", ["judge", "Ctrl-C", "Ctrl-C while the engine starts again"])
 def test_answers_that_were_not_graded_are_kept_and_not_written_again(
     judged: Study,
     server: ScriptedJudge,
     tmp_path: Path,
-    ended_by: type[BaseException],
+    ended_by: str,
 ) -> None:
     written: list[int] = []
     interrupted_after: list[int] = []
@@ -356,7 +356,7 @@ def test_answers_that_were_not_graded_are_kept_and_not_written_again(
                 self, recipe: Recipe, task_ids: Sequence[str], attempt: int
             ) -> Future[list[TaskResult]]:
                 if sum(written) in interrupted_after:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt if ended_by == "Ctrl-C" else EngineDiedError("gone")
                 results = super().begin(recipe, task_ids, attempt)
                 written.append(len(task_ids))
                 return results
@@ -365,6 +365,8 @@ def test_answers_that_were_not_graded_are_kept_and_not_written_again(
 
             @contextmanager
             def counted(study: ResolvedStudy, split: TimeSplit) -> Iterator[EngineEvaluator]:
+                if sum(written) in interrupted_after:
+                    raise KeyboardInterrupt
                 with evaluators.open(study, split) as evaluator:
                     yield Counting(**vars(evaluator))
 
@@ -377,14 +379,14 @@ def test_answers_that_were_not_graded_are_kept_and_not_written_again(
     server.prompts.clear()
 
     def goes_away(prompt: str) -> str:
-        if len(server.prompts) == 20 and ended_by is RunError:
+        if len(server.prompts) == 20 and ended_by == "judge":
             server.faults = [faults.BROKEN] * 10_000
-        time.sleep(0.05 if ended_by is RunError else 0.5)  # so that answers wait for their grades
+        time.sleep(0.05 if ended_by == "judge" else 0.5)  # so that answers wait for their grades
         return grade_by_length(prompt)
 
     server.reply = goes_away
     storage = tmp_path / "broken"
-    if ended_by is RunError:
+    if ended_by == "judge":
         why = "could not be had for 0.3 s: 500: out of order"
         with pytest.raises(RunError, match=why):
             run(storage, patience=0.3)
@@ -395,7 +397,8 @@ def test_answers_that_were_not_graded_are_kept_and_not_written_again(
             run(storage)
         interrupted_after.clear()
     kept = [row for row in study_answers(storage, "formula") if row.reason is not None]
-    assert len({row.candidate for row in kept}) > 1
+    # How many wait for grades when the engine is gone is a matter of this machine's load.
+    assert len({row.candidate for row in kept}) > (ended_by in ("judge", "Ctrl-C"))
     assert all(why in (row.reason or "") and row.grade is None for row in kept)
     assert sum(written) < needed
     server.faults, server.reply = [], grade_by_length
