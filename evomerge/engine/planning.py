@@ -46,6 +46,12 @@ class PlanningEngine(Engine):
         self._served = _shapes(self.plan(self._plain_recipe()))
 
     @property
+    def asked_context(self) -> int | None:
+        """The tokens, prompt and answer together, that the user allows; None: as the model does."""
+        asked = self.config.options.get("max_model_len")
+        return None if asked is None else int(str(asked))
+
+    @property
     def trusts_remote_code(self) -> bool:
         """Whether the user turned on code that comes with a model."""
         return bool(self.config.options.get("trust_remote_code", False))

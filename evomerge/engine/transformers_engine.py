@@ -122,8 +122,8 @@ class TransformersEngine(PlanningEngine):
 
     @property
     def max_model_len(self) -> int:
-        if (asked := self.config.options.get("max_model_len")) is not None:
-            return int(str(asked))
+        if self.asked_context is not None:
+            return self.asked_context
         return longest_context(self.model.config, self.config.model)
 
     @torch.inference_mode()

@@ -114,8 +114,8 @@ class VLLMEngine(PlanningEngine):
     def max_model_len(self) -> int:
         if self._llm is not None:
             return int(self._llm.model_config.max_model_len)
-        if (asked := self.config.options.get("max_model_len")) is not None:
-            return int(str(asked))
+        if self.asked_context is not None:
+            return self.asked_context
         model = self.config.model
         config = read_config(model, trust_remote_code=self.trusts_remote_code)
         return longest_context(config, model)

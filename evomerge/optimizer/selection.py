@@ -124,6 +124,19 @@ def paired_interval(
     return mean, mean + stretch * float(low), mean + stretch * float(high)
 
 
+def mean_interval(
+    grades: Grades, ends: tuple[float, float], seed: int
+) -> tuple[float, float] | None:
+    """The 95 % interval of the mean grade, over tasks, as far as it lies between the `ends`.
+
+    By `paired_interval`, against nothing; None for fewer than two graded tasks.
+    """
+    if np.isfinite(grades).any(axis=0).sum() < 2:
+        return None
+    _, low, high = paired_interval(grades, np.zeros_like(grades), seed)
+    return within((low, high), ends)
+
+
 def within(interval: tuple[float, float], grades: tuple[float, float]) -> tuple[float, float]:
     """The part of a score's interval that lies in the range of grades: no mean lies elsewhere."""
     lowest, highest = grades

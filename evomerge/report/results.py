@@ -245,11 +245,10 @@ def _caution(tasks: tuple[int, int]) -> str:
 
 def _pictures(charts: Sequence[Path]) -> list[str]:
     """The section with the charts; nothing where there are none."""
+    course, layers = COURSE_CHARTS[0], LAYERS_CHARTS[0]
     words = {
-        COURSE_CHARTS[
-            0
-        ]: "The scores of all candidates in their order, and what they are held against",
-        LAYERS_CHARTS[0]: "The numbers of the winner's recipe over the layers",
+        course: "The scores of all candidates in their order, and what they are held against",
+        layers: "The numbers of the winner's recipe over the layers",
     }
     shown = [f"![{words[one.name]}]({one.name})\n" for one in charts if one.name in words]
     return ["## Course\n", *shown] if shown else []

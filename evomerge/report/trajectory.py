@@ -11,7 +11,7 @@ import numpy as np
 from evomerge.errors import ConfigError
 from evomerge.optimizer.adjusted import adjusted_candidates
 from evomerge.optimizer.history import History, trial_label
-from evomerge.optimizer.selection import paired_interval, within
+from evomerge.optimizer.selection import mean_interval
 from evomerge.report.status import which
 from evomerge.report.table import candidate_words, held_out_words, short_names
 from evomerge.search.candidates import BASE, UNIFORM, model_label
@@ -206,8 +206,6 @@ def task_interval(history: History, label: str, tasks: Sequence[str]) -> Interva
     """
     answered = history.grades[label, 0]
     grades = [grade for task in tasks if (grade := answered.get(task)) is not None]
-    if len(grades) < 2:
+    if not grades:
         return None
-    row = np.array([grades])
-    _, low, high = paired_interval(row, np.zeros_like(row), _SEED)
-    return within((low, high), (min(grades), max(grades)))
+    return mean_interval(np.array([grades]), (min(grades), max(grades)), _SEED)

@@ -29,7 +29,7 @@ from evomerge.evaluate.self_test import self_test, shown_prompt
 from evomerge.evaluate.suite import JUDGE, Suite, check_prompt_lengths
 from evomerge.evaluate.task import AnsweredError, Grader, Task, TaskResult
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.optimizer.selection import paired_interval, within
+from evomerge.optimizer.selection import mean_interval, paired_interval, within
 
 Interval = tuple[float, float]
 
@@ -343,11 +343,7 @@ def own_interval(results: Sequence[TaskResult], grade_range: Interval) -> Interv
 
     As far as it lies in the range of grades.
     """
-    grades = _grades(results)
-    if np.isfinite(grades).sum() < 2:
-        return None
-    _, low, high = paired_interval(grades, np.zeros_like(grades), _SEED)
-    return within((low, high), grade_range)
+    return mean_interval(_grades(results), grade_range, _SEED)
 
 
 def difference(one: Measured, first: Measured, grade_range: Interval) -> Difference | None:
